@@ -1,0 +1,1 @@
+"""distaff.frontend.loading."""

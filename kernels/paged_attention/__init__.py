@@ -1,0 +1,5 @@
+"""Ragged paged attention: writing new keys and values into pages and attending over them."""
+
+from distaff.kernels.paged_attention.batch import StepBatch
+
+__all__ = ["StepBatch"]

@@ -1,0 +1,24 @@
+"""The ragged batch that every serving step takes besides weights and pages."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+
+class StepBatch(NamedTuple):
+    """One step's requests on one ragged token axis; see ``docs/architecture.md`` for the meaning of each field.
+
+    T tokens, R request rows, S sampled rows, NP pages per request; all int32. Decode rows stand first.
+    """
+
+    tokens: jax.Array  # [T]
+    positions: jax.Array  # [T]
+    slots: jax.Array  # [T]; num_pages * page_size for padding
+    rows: jax.Array  # [T]
+    starts: jax.Array  # [R + 1]
+    contexts: jax.Array  # [R]
+    tables: jax.Array  # [R, NP]
+    decodes: jax.Array  # []
+    samples: jax.Array  # [S]
