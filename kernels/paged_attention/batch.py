@@ -15,7 +15,7 @@ class StepBatch(NamedTuple):
 
     tokens: jax.Array  # [T]
     positions: jax.Array  # [T]
-    slots: jax.Array  # [T]; num_pages * page_size for padding
+    slots: jax.Array  # [T]; 0 (the null page) for padding
     rows: jax.Array  # [T]
     starts: jax.Array  # [R + 1]
     contexts: jax.Array  # [R]
