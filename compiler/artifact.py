@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,13 @@ PROGRAMS = "programs"
 EXECUTABLES = "executables"
 WEIGHTS = "weights"
 TOKENIZER = "tokenizer"
+
+
+# Bytes of one value of each dtype that caches and weights may have; also the list of those dtypes.
+ITEM_BYTES: Mapping[str, int] = {
+    "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "int32": 4, "uint32": 4, "int16": 2, "uint16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
 
 
 class ArtifactError(Exception):
@@ -39,6 +47,15 @@ class CacheSpec:
     dtype: str
     window: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_shape(self.name, self.shape, self.dtype)
+        _check_positive(f"cache {self.name!r}", layers=self.layers, window=1 if self.window is None else self.window)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token keeps in all layers of this cache."""
+        return self.layers * math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
@@ -49,10 +66,22 @@ class TensorSpec:
     dtype: str
     file: str
 
+    def __post_init__(self) -> None:
+        _check_shape(self.name, self.shape, self.dtype)
+        _check_file_name(f"weight {self.name!r}", self.file)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the tensor takes."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
 
 @dataclasses.dataclass(frozen=True)
 class ProgramSpec:
-    """One exported step for a bucket of ``tokens`` (T), ``requests`` (R) and ``samples`` (S); ``file`` in programs/."""
+    """One exported step for a bucket of ``tokens`` (T), ``requests`` (R) and ``samples`` (S); ``file`` in programs/.
+
+    A program with ``tokens == requests`` is a *decode* program: it only takes batches of rows of exactly one token.
+    """
 
     name: str
     tokens: int
@@ -61,10 +90,24 @@ class ProgramSpec:
     file: str
     sha256: str
 
+    def __post_init__(self) -> None:
+        where = f"program {self.name!r}"
+        _check_positive(where, tokens=self.tokens, requests=self.requests, samples=self.samples)
+        _check_file_name(where, self.file)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row of a batch must be one token."""
+        return self.tokens == self.requests
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What the runtime needs to know to serve the artifact without any model code."""
+    """What the runtime needs to know to serve the artifact without any model code.
+
+    ``num_pages`` is the pool size, null page included, that the artifact asks for; the programs hold for every other
+    size too unless ``fixed_num_pages``. ``platform`` is XLA's name: cpu, cuda, rocm or tpu.
+    """
 
     model: str
     architecture: str
@@ -80,11 +123,23 @@ class Manifest:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     has_tokenizer: bool = False
+    fixed_num_pages: bool = False
     fingerprint: str = ""
     distaff_version: str = ""
     jax_version: str = ""
     report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            "the manifest",
+            vocab_size=self.vocab_size,
+            max_model_len=self.max_model_len,
+            page_size=self.page_size,
+            num_pages=self.num_pages,
+        )
+        if not self.programs:
+            raise ValueError("it lists no programs")
 
     @property
     def max_batch(self) -> int:
@@ -97,19 +152,29 @@ class Manifest:
         return max(p.tokens for p in self.programs)
 
     @property
+    def max_samples(self) -> int:
+        """The most rows of logits that one step can give: what bounds prompt tokens that want log-probabilities."""
+        return max(p.samples for p in self.programs)
+
+    @property
     def pages_per_request(self) -> int:
         """Width of a block table: pages that a request of ``max_model_len`` tokens takes."""
         return -(-self.max_model_len // self.page_size)
 
-    def bytes_per_page(self, itemsize: Mapping[str, int]) -> int:
-        """Bytes that one page takes over all caches; ``itemsize`` gives the bytes of each dtype by name."""
-        per_token = 0
-        for cache in self.caches:
-            values = cache.layers
-            for size in cache.shape:
-                values *= size
-            per_token += values * itemsize[cache.dtype]
-        return per_token * self.page_size
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token keeps over all caches."""
+        return sum(cache.bytes_per_token for cache in self.caches)
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes that one page takes over all caches."""
+        return self.bytes_per_token * self.page_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(weight.bytes for weight in self.weights)
 
     def to_json(self) -> str:
         """The manifest as JSON text that `from_json` reads back to an equal value."""
@@ -138,8 +203,6 @@ class Manifest:
             manifest = cls(**data)
         except (TypeError, KeyError, ValueError) as error:
             raise ArtifactError(f"{where} is damaged: {error}; compile the model again") from None
-        if not manifest.programs:
-            raise ArtifactError(f"{where} lists no programs; compile the model again")
         return manifest
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -164,7 +227,28 @@ class Manifest:
         manifest = cls.from_json(path.read_text(), str(path))
         wanted = {root / PROGRAMS / p.file for p in manifest.programs}
         wanted |= {root / WEIGHTS / w.file for w in manifest.weights}
+        if manifest.has_tokenizer:
+            wanted.add(root / TOKENIZER / "tokenizer.json")
         for file in sorted(wanted):
             if not file.is_file():
                 raise ArtifactError(f"{root} lacks {file.relative_to(root)}; compile the model again")
         return manifest
+
+
+def _check_positive(where: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{where} has {name} {size!r}, which must be a whole number of at least 1")
+
+
+def _check_shape(name: str, shape: tuple[int, ...], dtype: str) -> None:
+    if dtype not in ITEM_BYTES:
+        raise ValueError(f"{name!r} has dtype {dtype!r}; known are {', '.join(ITEM_BYTES)}")
+    if any(type(size) is not int or size < 0 for size in shape):
+        raise ValueError(f"{name!r} has shape {shape!r}")
+
+
+def _check_file_name(where: str, file: str) -> None:
+    """A manifest must not lead the runtime out of its folder."""
+    if Path(file).name != file or not file:
+        raise ValueError(f"{where} has file {file!r}, which must be a plain file name")

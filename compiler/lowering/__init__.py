@@ -1,1 +1,1 @@
-"""distaff.compiler.lowering."""
+"""Lowering: from the derived serving step to the files of an artifact."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class StepBatch(NamedTuple):
@@ -22,3 +23,19 @@ class StepBatch(NamedTuple):
     tables: jax.Array  # [R, NP]
     decodes: jax.Array  # []
     samples: jax.Array  # [S]
+
+
+def batch_shapes(tokens: int, requests: int, samples: int, pages_per_request: int) -> StepBatch:
+    """The shapes and dtypes of a batch for one bucket, as a `StepBatch` of `jax.ShapeDtypeStruct`."""
+    shapes = StepBatch(
+        tokens=(tokens,),
+        positions=(tokens,),
+        slots=(tokens,),
+        rows=(tokens,),
+        starts=(requests + 1,),
+        contexts=(requests,),
+        tables=(requests, pages_per_request),
+        decodes=(),
+        samples=(samples,),
+    )
+    return StepBatch(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
