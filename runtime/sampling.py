@@ -1,0 +1,201 @@
+"""Sampling on the device: which program a batch needs, and the parameters and state of its rows.
+
+Three programs, from cheap to full: greedy, random, and random with per-request state (penalties, biases, masks). The
+state lives on the device; a request's line is written when it is admitted and from then on the program itself counts
+the tokens that it samples. Log-probabilities are a program of their own, run only for those who asked.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from distaff.runtime import logits as device
+from distaff.runtime.logits import SamplerState, SamplingRows, TokenLogprobs
+from distaff.runtime.sampling_params import SamplingParams
+
+# As in vLLM: temperatures below this mean greedy.
+GREEDY_BELOW = 1e-5
+
+
+class Executables(Protocol):
+    """Where compiled programs come from (`distaff.runtime.executables.ExecutableCache`)."""
+
+    forbid_compiles: bool
+
+    def get(self, name: str, jitted: Any, *arguments: Any, program: str | None = None) -> Callable[..., Any]:
+        """The executable of ``jitted`` for ``arguments``."""
+
+    def has(self, name: str, *arguments: Any, program: str) -> bool:
+        """Whether `get` would load it and not compile."""
+
+
+class Method(enum.IntEnum):
+    """What a request needs; a batch runs the program of its most demanding row."""
+
+    GREEDY = 0
+    RANDOM = 1
+    STATEFUL = 2
+
+
+def method_of(params: SamplingParams) -> Method:
+    """The cheapest program that does what ``params`` ask for."""
+    penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+    if penalised or params.logit_bias or params.allowed_token_ids is not None or params.min_tokens:
+        return Method.STATEFUL
+    return Method.GREEDY if params.temperature < GREEDY_BELOW else Method.RANDOM
+
+
+class Sampler:
+    """Samples for up to ``max_rows`` requests at a time; every request keeps one row from admission to its end.
+
+    ``top`` is the largest number of top log-probabilities that a request may ask for.
+    """
+
+    def __init__(self, vocab_size: int, max_rows: int, top: int, executables: Executables) -> None:
+        self._vocab_size = vocab_size
+        self._max_rows = max_rows
+        self._top = top
+        self._executables = executables
+        self._programs: dict[str, Callable[..., Any]] = {}
+        # One row more than requests: padding, which is greedy and outside of the state.
+        self._methods = np.zeros(max_rows + 1, np.int32)
+        self._floats = np.zeros((max_rows + 1, 6), np.float32)
+        self._ints = np.zeros((max_rows + 1, 6), np.int32)
+        self._ints[:, 0] = np.arange(max_rows + 1)
+        self._state: SamplerState | None = None
+
+    def admit(
+        self,
+        row: int,
+        params: SamplingParams,
+        seed: int,
+        prompt_token_ids: Sequence[int],
+        output_token_ids: Sequence[int],
+        end_token_ids: Iterable[int],
+    ) -> None:
+        """Gives ``row`` to a request, new or resumed after ``output_token_ids``.
+
+        ``end_token_ids`` are masked for the first ``params.min_tokens`` tokens. Equal 64-bit seeds give equal draws at
+        equal output positions, whatever else is in the batch.
+        """
+        p = params
+        self._methods[row] = method_of(p)
+        random = (p.temperature, p.top_p, p.min_p) if p.temperature >= GREEDY_BELOW else (0, 1, 0)
+        self._floats[row] = (*random, p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
+        top_k = p.top_k if random[0] and 0 < p.top_k < self._vocab_size else 0
+        high, low = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32).view(np.int32)
+        self._ints[row, 1:] = (0, top_k, p.min_tokens, high, low)
+        if self._methods[row] == Method.STATEFUL:
+            self._write_state(row, p, prompt_token_ids, output_token_ids, end_token_ids)
+
+    def _write_state(
+        self, row: int, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], ends: Iterable[int]
+    ) -> None:
+        size = self._vocab_size
+        in_prompt, is_end = np.zeros(size, np.bool_), np.zeros(size, np.bool_)
+        in_prompt[list(prompt)] = True
+        is_end[list(ends)] = True
+        bias = np.zeros(size, np.float32)
+        if params.allowed_token_ids is not None:
+            bias[:] = -np.inf
+            bias[list(params.allowed_token_ids)] = 0
+        for token_id, value in (params.logit_bias or {}).items():
+            bias[token_id] += value
+        counts = np.bincount(np.asarray(output, np.int64), minlength=size).astype(np.int32)
+        values = SamplerState(*(jnp.asarray(array) for array in (counts, in_prompt, bias, is_end)))
+        self._state = self._program("write-row")(self._allocated(), jnp.int32(row), values)
+
+    def _allocated(self) -> SamplerState:
+        """The state; made when a request first needs it, because with large vocabularies it is not small."""
+        if self._state is None:
+            self._state = SamplerState(*(jnp.zeros(leaf.shape, leaf.dtype) for leaf in self._state_shapes()))
+        return self._state
+
+    def sample(self, logits: jax.Array, rows: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> jax.Array:
+        """Tokens for the first ``len(rows)`` rows of ``logits`` [S, V], int32 [S] on the device.
+
+        ``rows`` are the requests' rows and ``positions`` how many tokens each has generated before this one. A token is
+        `INVALID_TOKEN` where the logits are not finite or the masks allow no token.
+        """
+        size = logits.shape[0]
+        method = Method(self._methods[rows].max())
+        program = self._program(method.name.lower(), size)
+        if method == Method.GREEDY:
+            return cast(jax.Array, program(logits))
+        padded = np.full(size, self._max_rows)
+        padded[: len(rows)] = rows
+        ints = self._ints[padded]
+        ints[: len(rows), 1] = positions
+        packed = SamplingRows(cast(jax.Array, self._floats[padded]), cast(jax.Array, ints))
+        if method == Method.RANDOM:
+            return cast(jax.Array, program(logits, packed))
+        tokens, self._state = program(logits, packed, self._allocated())
+        return cast(jax.Array, tokens)
+
+    def logprobs(self, logits: jax.Array, tokens: jax.Array | npt.NDArray[np.int32]) -> TokenLogprobs:
+        """Raw log-probabilities of ``tokens`` (int32 [S]) and of the most likely tokens at each row of ``logits``."""
+        return cast(TokenLogprobs, self._program("logprobs", logits.shape[0])(logits, tokens))
+
+    def warm_up(self, sample_sizes: Iterable[int], scoring_sizes: Iterable[int]) -> None:
+        """Compiles what is not stored yet: all methods for batches of ``sample_sizes`` rows, log-probabilities of both.
+
+        Stored programs are loaded when they are first needed.
+        """
+        sampled = set(sample_sizes)
+        wanted: list[tuple[str, int]] = [(m.name.lower(), size) for m in Method for size in sorted(sampled)]
+        wanted += [("logprobs", size) for size in sorted(sampled | set(scoring_sizes))]
+        wanted.append(("write-row", 0))
+        forbidden, self._executables.forbid_compiles = self._executables.forbid_compiles, False
+        try:
+            for kind, size in wanted:
+                name, _, arguments = self._specification(kind, size)
+                if not self._executables.has(name, *arguments, program=_program_hash()):
+                    self._program(kind, size)
+        finally:
+            self._executables.forbid_compiles = forbidden
+
+    def _program(self, kind: str, size: int = 0) -> Callable[..., Any]:
+        key = f"{kind}-{size}"
+        if key not in self._programs:
+            name, jitted, arguments = self._specification(kind, size)
+            self._programs[key] = self._executables.get(name, jitted, *arguments, program=_program_hash())
+        return self._programs[key]
+
+    def _specification(self, kind: str, size: int) -> tuple[str, Any, list[Any]]:
+        """Name, function and abstract arguments of the program for batches of ``size`` rows."""
+        shape = jax.ShapeDtypeStruct
+        logits = shape((size, self._vocab_size), jnp.float32)
+        rows = SamplingRows(shape((size, 6), jnp.float32), shape((size, 6), jnp.int32))
+        state = SamplerState(*self._state_shapes())
+        if kind == "greedy":
+            return f"sample-greedy-{size}", jax.jit(device.sample_greedy), [logits]
+        if kind == "random":
+            return f"sample-random-{size}", jax.jit(device.sample_random), [logits, rows]
+        if kind == "stateful":
+            jitted = jax.jit(device.sample_with_state, donate_argnums=2)
+            return f"sample-stateful-{size}", jitted, [logits, rows, state]
+        if kind == "logprobs":
+            top = min(self._top, self._vocab_size)
+            jitted = jax.jit(partial(device.token_logprobs, top=top))
+            return f"logprobs-{size}-top-{top}", jitted, [logits, shape((size,), jnp.int32)]
+        line = SamplerState(*(shape(leaf.shape[1:], leaf.dtype) for leaf in state))
+        return "sampler-write-row", jax.jit(device.write_row, donate_argnums=0), [state, shape((), jnp.int32), line]
+
+    def _state_shapes(self) -> Iterator[jax.ShapeDtypeStruct]:
+        shape = (self._max_rows, self._vocab_size)
+        return (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.bool_, jnp.float32, jnp.bool_))
+
+
+def _program_hash() -> str:
+    """Identifies what the programs compute, so that stored ones can be found without tracing: their source."""
+    return hashlib.sha256(Path(device.__file__).read_bytes()).hexdigest()
