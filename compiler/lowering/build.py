@@ -86,7 +86,7 @@ def build_artifact(
         programs = []
         for done, bucket in enumerate(buckets):
             tell("programs", done, len(buckets))
-            programs.append(exporter.export(bucket))
+            programs.append(exporter.program(bucket))
             _write(folder / PROGRAMS / programs[-1].spec.file, programs[-1].blob)
         tell("weights", 0, 1)
         (folder / WEIGHTS).mkdir()

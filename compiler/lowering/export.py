@@ -53,7 +53,7 @@ class StepExporter:
         self._num_pages: Any = export.symbolic_shape("num_pages")[0]
         self.fixed_because: str | None = None
 
-    def export(self, bucket: Bucket) -> ExportedProgram:
+    def program(self, bucket: Bucket) -> ExportedProgram:
         """Traces and exports the step for ``bucket``; raises `LoweringError` if the result breaks the contract."""
         began = time.perf_counter()
         exported = self._export(bucket)

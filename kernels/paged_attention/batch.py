@@ -25,17 +25,17 @@ class StepBatch(NamedTuple):
     samples: jax.Array  # [S]
 
 
-def batch_shapes(tokens: int, requests: int, samples: int, pages_per_request: int) -> StepBatch:
-    """The shapes and dtypes of a batch for one bucket, as a `StepBatch` of `jax.ShapeDtypeStruct`."""
-    shapes = StepBatch(
-        tokens=(tokens,),
-        positions=(tokens,),
-        slots=(tokens,),
-        rows=(tokens,),
-        starts=(requests + 1,),
-        contexts=(requests,),
-        tables=(requests, pages_per_request),
-        decodes=(),
-        samples=(samples,),
-    )
-    return StepBatch(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
+def batch_shapes(tokens: int, requests: int, samples: int, pages_per_request: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The shapes and dtypes of a batch for one bucket, in the order of `StepBatch`'s fields."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "tokens": (tokens,),
+        "positions": (tokens,),
+        "slots": (tokens,),
+        "rows": (tokens,),
+        "starts": (requests + 1,),
+        "contexts": (requests,),
+        "tables": (requests, pages_per_request),
+        "decodes": (),
+        "samples": (samples,),
+    }
+    return tuple(jax.ShapeDtypeStruct(shapes[field], jnp.int32) for field in StepBatch._fields)
