@@ -108,8 +108,8 @@ class ExecutableCache:
         """None if the file is missing, damaged or of another key; then the program is compiled."""
         try:
             head, _, payload = path.read_bytes().partition(b"\n")
-        except FileNotFoundError:
-            return None
+        except OSError:
+            return None  # missing as a rule; if the folder is at fault, storing will say so
         if head != _head(key, payload):
             logger.warning("%s is damaged; compiling again", path)
             return None

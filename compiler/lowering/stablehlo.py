@@ -7,7 +7,7 @@ from collections import Counter
 
 _MAIN = re.compile(r"func\.func public @main\((.*?)\) -> ", re.DOTALL)
 _ARGUMENT = re.compile(r"%arg(\d+): ([^%]*)", re.DOTALL)
-_OPERATION = re.compile(r"\b(?:stablehlo|chlo|func)\.([a-z_]+)")
+_OPERATION = re.compile(r"(?<!#)\b(?:stablehlo|chlo|func)\.([a-z_]+)")
 _CUSTOM_CALL = re.compile(r"custom_call @([\w.$]+)")
 _FILE = re.compile(r'loc\("([^"]+\.py)":\d+')
 # Regions and functions are structure, not work.

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from distaff.compiler.artifact import CacheSpec
+from distaff.compiler.artifact import CacheSpec, Manifest, ProgramSpec
 from distaff.compiler.serve_step import ServeStep
-from distaff.kernels.paged_attention import StepBatch
+from distaff.kernels.paged_attention import StepBatch, batch_shapes
 
 VOCAB, WIDTH = 32, 8
 
@@ -53,3 +53,31 @@ def _step(weights, pages, batch: StepBatch):
         scores = jnp.where(visible, jnp.einsum("td,tcd->tc", x, keys), -jnp.inf)
         x = x + jnp.einsum("tc,tcd->td", jax.nn.softmax(scores), keys)
     return x[batch.samples] @ head, [flat.reshape(cache.shape)]
+
+
+def one_request(
+    manifest: Manifest, program: ProgramSpec, tokens: np.ndarray, start: int, table: list[int], row: int = 0
+) -> StepBatch:
+    """A batch with one request in ``row`` (earlier rows are empty) that samples its last token."""
+    size, page_size = len(tokens), manifest.page_size
+    positions = np.arange(start, start + size)
+    fields = {
+        "tokens": tokens,
+        "positions": positions,
+        "slots": np.asarray(table)[positions // page_size] * page_size + positions % page_size,
+        "rows": np.full(size, row),
+        "samples": [size - 1],
+    }
+    batch = StepBatch(
+        *(
+            np.zeros(shape.shape, np.int32)
+            for shape in batch_shapes(program.tokens, program.requests, program.samples, manifest.pages_per_request)
+        )
+    )
+    for name, values in fields.items():
+        getattr(batch, name)[: len(values)] = values
+    batch.rows[size:] = program.requests - 1
+    batch.starts[row + 1 :] = size
+    batch.contexts[row] = start + size
+    batch.tables[row, : len(table)] = table
+    return batch
