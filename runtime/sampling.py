@@ -185,9 +185,8 @@ class Sampler:
             jitted = jax.jit(device.sample_with_state, donate_argnums=2)
             return f"sample-stateful-{size}", jitted, [logits, rows, state]
         if kind == "logprobs":
-            top = min(self._top, self._vocab_size)
-            jitted = jax.jit(partial(device.token_logprobs, top=top))
-            return f"logprobs-{size}-top-{top}", jitted, [logits, shape((size,), jnp.int32)]
+            jitted = jax.jit(partial(device.token_logprobs, top=self._top))
+            return f"logprobs-{size}-top-{self._top}", jitted, [logits, shape((size,), jnp.int32)]
         line = SamplerState(*(shape(leaf.shape[1:], leaf.dtype) for leaf in state))
         return "sampler-write-row", jax.jit(device.write_row, donate_argnums=0), [state, shape((), jnp.int32), line]
 
