@@ -27,7 +27,7 @@ def compile_model(
     max_model_len: int,
     name: str = "model",
     architecture: str = "",
-    dtype: str = "float32",
+    latent_cache: bool = False,
     page_size: int = DEFAULT_PAGE_SIZE,
     max_batch: int = DEFAULT_MAX_BATCH,
     max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS,
@@ -47,6 +47,7 @@ def compile_model(
     token out, with ``params`` any tree of arrays. Requests may be up to ``max_model_len`` tokens long, prompt and
     output together; a step holds up to ``max_batch`` requests and ``max_step_tokens`` tokens unless ``buckets`` says
     which shapes to compile. ``num_pages`` pages of ``page_size`` tokens make the KV pool that the artifact asks for.
+    With ``latent_cache`` attention may cache what keys and values are computed from, where that is smaller.
     ``dump`` is a folder for the IR after each pass. The programs are compiled to machine code at the first start.
 
     Raises the errors of `distaff.compiler.errors` if the model cannot be served token by token, `BucketError` for
@@ -54,12 +55,13 @@ def compile_model(
     """
     chosen = default_buckets(max_batch, max_step_tokens) if buckets is None else buckets
     check_output(Path(output), force=force)
-    step = derive_serve_step(fn, params, max_model_len=max_model_len, page_size=page_size, dtype=dtype, dump=dump)
+    step = derive_serve_step(
+        fn, params, max_model_len=max_model_len, page_size=page_size, latent_cache=latent_cache, dump=dump
+    )
     model = ModelInfo(
         name=name,
         architecture=architecture,
         max_model_len=max_model_len,
-        dtype=dtype,
         eos_token_ids=eos_token_ids,
         bos_token_id=bos_token_id,
         tokenizer=tokenizer,

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.metadata
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from jax import export
 
 from distaff.compiler.artifact import MANIFEST, PROGRAMS, TOKENIZER, WEIGHTS, CacheSpec, Manifest
 from distaff.compiler.buckets import Bucket
+from distaff.compiler.errors import CompileError
 from distaff.compiler.lowering.export import ExportedProgram, StepExporter
 from distaff.compiler.lowering.weights import write_weights
 from distaff.compiler.serve_step import ServeStep
@@ -30,7 +32,7 @@ CPU_POOL_BYTES = 512 << 20
 Progress: TypeAlias = Callable[[str, int, int], None]
 
 
-class OutputExistsError(Exception):
+class OutputExistsError(CompileError):
     """The output folder is there already and may not be replaced."""
 
 
@@ -47,7 +49,6 @@ class ModelInfo:
 
     name: str
     max_model_len: int
-    dtype: str
     architecture: str = ""
     eos_token_ids: Sequence[int] = ()
     bos_token_id: int | None = None
@@ -102,7 +103,7 @@ def build_artifact(
             page_size=page_size,
             num_pages=num_pages,
             fixed_num_pages=exporter.fixed_because is not None,
-            dtype=model.dtype,
+            dtype=_main_dtype(step),
             platform=platform,
             caches=step.caches,
             weights=weights,
@@ -166,6 +167,14 @@ def _replacing(output: Path) -> Iterator[Path]:
 def _write(path: Path, blob: bytes) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(blob)
+
+
+def _main_dtype(step: ServeStep) -> str:
+    """The dtype in which most bytes of the weights are."""
+    sizes: Counter[str] = Counter()
+    for weight in step.weights.values():
+        sizes[str(weight.dtype)] += weight.nbytes
+    return sizes.most_common(1)[0][0] if sizes else "float32"
 
 
 def _report(programs: Sequence[ExportedProgram], fixed_because: str | None) -> dict[str, Any]:

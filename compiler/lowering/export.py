@@ -18,12 +18,13 @@ from jax import export
 
 from distaff.compiler.artifact import ProgramSpec
 from distaff.compiler.buckets import Bucket
+from distaff.compiler.errors import CompileError
 from distaff.compiler.lowering.stablehlo import donated_arguments, operation_counts, source_files
 from distaff.compiler.serve_step import ServeStep
 from distaff.kernels.paged_attention import StepBatch, batch_shapes
 
 
-class LoweringError(Exception):
+class LoweringError(CompileError):
     """The serving step breaks its own contract or cannot be exported: a defect of the compiler, not of the model."""
 
 

@@ -25,7 +25,7 @@ from distaff.compiler.lowering.weights import DTYPE_NAMES, write_weights
 from distaff.compiler.serve_step import ServeStep
 
 BUCKETS = parse_buckets("decode=2 mixed=8x2")
-MODEL = ModelInfo("tiny", 64, "float32", eos_token_ids=[3])
+MODEL = ModelInfo("tiny", 64, eos_token_ids=[3])
 
 
 def build(folder: Path, step: ServeStep | None = None, **options) -> Manifest:

@@ -14,7 +14,7 @@ from distaff.runtime.platforms import MemoryTooSmallError, choose_num_pages, mem
 
 
 def build(folder, text="decode=1,4 mixed=8x2,16x4 scoring=16x4", step=None):
-    model = ModelInfo("tiny", 32, "float32")
+    model = ModelInfo("tiny", 32)
     buckets = parse_buckets(text)
     return build_artifact(step or tiny_step(), model, folder, buckets=buckets, page_size=4)
 

@@ -1,0 +1,196 @@
+"""compile-model: a checkpoint in, an artifact out that serve-model serves."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from distaff.compiler.artifact import Manifest
+    from distaff.frontend.loading import LoadedModel
+    from distaff.tools.compile_on_demand import CompileOptions
+
+# Exit codes; click itself exits with 2 for wrong usage.
+OTHER, USAGE, REFUSED, CHECKPOINT = 1, 2, 3, 4
+
+_HELP = """Compiles MODEL (a name that distaff knows, a Hugging Face folder or a GGUF file) into an artifact.
+
+The serving step is derived from the model's plain forward pass, proved and validated against it, and written to OUTPUT
+with the weights and the tokenizer. A model that cannot be served token by token is refused with the line of its code.
+
+\b
+Examples:
+  compile-model smollm2-135m -o smollm2
+  compile-model ./my-checkpoint -o served --max-model-len 4096 --max-batch 32
+  compile-model ./my-checkpoint --check            can this be served, and how?
+  compile-model ./my-checkpoint -o served --buckets "decode=1,8,64 mixed=128x8,512x64"
+
+\b
+Exit codes: 0 done, 1 other error, 2 wrong usage, 3 the model cannot be served, 4 the checkpoint cannot be read.
+"""
+
+_POSITIVE = click.IntRange(min=1)
+
+
+@click.command(help=_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the artifact; needed unless --check.")
+@click.option("--name", help="The model's name in the server's answers.  [default: that of MODEL]")
+@click.option("--dtype", default="float32", show_default=True, help="dtype of the weights.")
+@click.option("--max-model-len", type=_POSITIVE, help="Longest request, prompt and output.  [default: up to 8192]")
+@click.option("--max-batch", type=_POSITIVE, default=64, show_default=True, help="Most requests in one step.")
+@click.option("--max-step-tokens", type=_POSITIVE, default=512, show_default=True, help="Most tokens in one step.")
+@click.option("--page-size", type=_POSITIVE, default=16, show_default=True, help="Tokens in one page of the KV pool.")
+@click.option("--num-pages", type=click.IntRange(min=2), help="Pages of the KV pool.  [default: by memory and limits]")
+@click.option("--buckets", help="Exactly these batch shapes, like 'decode=1,8 mixed=128x8 scoring=128x8'.")
+@click.option("--latent-cache", is_flag=True, help="Cache what keys and values are made from where it is smaller.")
+@click.option("--dump-ir", type=click.Path(path_type=Path), help="Folder for the program after each pass.")
+@click.option("--explain", is_flag=True, help="Show what was found in the model and what each pass did.")
+@click.option("--check", is_flag=True, help="Only answer whether the model can be served; writes nothing.")
+@click.option("--force", is_flag=True, help="Replace OUTPUT if it is an artifact.")
+def main(
+    model: str,
+    output: Path | None,
+    name: str | None,
+    dump_ir: Path | None,
+    explain: bool,
+    check: bool,
+    force: bool,
+    **options: Any,
+) -> None:
+    """Entry point of the command line."""
+    if output is None and not check:
+        raise click.UsageError("give the artifact's folder with -o, or --check to write nothing")
+    # Imported late, so that --help and wrong usage answer at once.
+    from rich.console import Console
+
+    from distaff.compiler.lowering.build import check_output
+    from distaff.tools.compile_on_demand import CompileOptions
+
+    console = Console()
+    wanted = CompileOptions(**options)
+    with _exit_codes():
+        wanted.batch_shapes()
+        if output is not None:
+            check_output(output, force=force)
+        loaded = _load(console, model, wanted)
+        if output is None or check:
+            _check(console, loaded, wanted, dump_ir)
+        else:
+            _compile(console, loaded, output, wanted, name=name, dump_ir=dump_ir, explain=explain, force=force)
+
+
+def _load(console: Console, model: str, options: CompileOptions) -> LoadedModel:
+    from distaff.frontend.loading import load_model
+
+    began = time.perf_counter()
+    with console.status(f"loading {model}"):
+        loaded = load_model(model, dtype=options.dtype)
+    console.print(f"loaded {loaded.name} ({loaded.architecture}) in {time.perf_counter() - began:.1f} s")
+    return loaded
+
+
+def _check(console: Console, loaded: LoadedModel, options: CompileOptions, dump_ir: Path | None) -> None:
+    from distaff.compiler.pipeline import derive_serve_step
+    from distaff.tools.report import show_report
+
+    step = derive_serve_step(
+        loaded.apply,
+        loaded.params,
+        max_model_len=options.model_len(loaded),
+        page_size=options.page_size,
+        latent_cache=options.latent_cache,
+        dump=dump_ir,
+    )
+    show_report(console, step.report)
+    console.print(f"[green]{loaded.name} can be served[/]")
+
+
+def _compile(
+    console: Console,
+    loaded: LoadedModel,
+    output: Path,
+    options: CompileOptions,
+    *,
+    name: str | None,
+    dump_ir: Path | None,
+    explain: bool,
+    force: bool,
+) -> None:
+    from distaff.tools.compile_on_demand import compile_loaded
+    from distaff.tools.report import artifact_facts, show_facts, show_report, show_rows
+
+    began = time.perf_counter()
+    with console.status("deriving the serving step") as status:
+        manifest = compile_loaded(
+            loaded,
+            output,
+            options,
+            name=name,
+            dump=dump_ir,
+            force=force,
+            progress=lambda what, done, total: status.update(f"writing {what} {done}/{total}"),
+        )
+    programs = _build_executables(output, manifest)
+    report = {key: value for key, value in manifest.report.items() if key != "lowering"}
+    if explain:
+        show_report(console, report)
+    show_rows(console, "programs", programs)
+    show_facts(console, "artifact", artifact_facts(manifest))
+    console.print(f"[green]compiled[/] to {output} in {time.perf_counter() - began:.1f} s\nnext: serve-model {output}")
+
+
+def _build_executables(output: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """Compiles every program as the runtime will, so that the first start finds machine code; rows for the report."""
+    from distaff.runtime.model_runner import ModelRunner
+
+    runner = ModelRunner(output, manifest, progress=True)
+    runner.warm_up()
+    runner.close()
+    traced = {row["name"]: row for row in manifest.report["lowering"]["programs"]}
+    rows = [
+        {**traced[record.name], "compile_seconds": record.seconds, "executable_bytes": record.bytes}
+        for record in runner.executables.records
+        if record.compiled
+    ]
+    order = list(traced)
+    return sorted(rows, key=lambda row: order.index(row["name"]))
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turns the errors that a user can do something about into a message on stderr and an exit code."""
+    from distaff.compiler.artifact import ArtifactError
+    from distaff.compiler.buckets import BucketError
+    from distaff.compiler.errors import CompileError, ModelRefusedError
+    from distaff.compiler.lowering.build import OutputExistsError
+    from distaff.frontend.loading import CheckpointError
+    from distaff.runtime.platforms import MemoryTooSmallError
+
+    try:
+        yield
+    except (BucketError, OutputExistsError) as error:
+        _fail(error, USAGE)
+    except ModelRefusedError as error:
+        _fail(error, REFUSED)
+    except CheckpointError as error:
+        _fail(error, CHECKPOINT)
+    except (CompileError, ArtifactError, MemoryTooSmallError, OSError) as error:
+        _fail(error, OTHER)
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
+    click.echo(f"error: {error}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

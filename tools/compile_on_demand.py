@@ -1,0 +1,160 @@
+"""From the name of a model to an artifact: load the checkpoint, compile it, and keep the result in a cache.
+
+`compile-model` and `serve-model MODEL` both go through here, so that a model served by name is what compile-model
+would have made with the same options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import distaff.compiler
+import distaff.frontend
+import distaff.kernels
+from distaff.compiler.artifact import MANIFEST, Manifest
+
+if TYPE_CHECKING:
+    from distaff.compiler.buckets import Bucket
+    from distaff.compiler.lowering.build import Progress
+    from distaff.frontend.loading import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+# Without a wish, requests may be this long at most, even if the model allows more: a pool must hold a whole request.
+DEFAULT_MAX_MODEL_LEN = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompileOptions:
+    """How to compile a checkpoint; the defaults are those of `distaff.compiler.compile.compile_model`.
+
+    ``max_model_len`` None is the model's own limit up to `DEFAULT_MAX_MODEL_LEN`; ``buckets`` is text in the form of
+    `distaff.compiler.buckets.parse_buckets`.
+    """
+
+    dtype: str = "float32"
+    max_model_len: int | None = None
+    latent_cache: bool = False
+    max_batch: int = 64
+    max_step_tokens: int = 512
+    page_size: int = 16
+    num_pages: int | None = None
+    buckets: str | None = None
+
+    def batch_shapes(self) -> tuple[Bucket, ...]:
+        """The shapes to compile; raises `BucketError` if the options contradict each other."""
+        from distaff.compiler.buckets import default_buckets, parse_buckets
+
+        return parse_buckets(self.buckets) if self.buckets else default_buckets(self.max_batch, self.max_step_tokens)
+
+    def model_len(self, loaded: LoadedModel) -> int:
+        """The longest request to compile ``loaded`` for."""
+        return self.max_model_len or min(loaded.max_model_len, DEFAULT_MAX_MODEL_LEN)
+
+
+def compile_loaded(
+    loaded: LoadedModel,
+    output: Path,
+    options: CompileOptions,
+    *,
+    name: str | None = None,
+    dump: Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Compiles a loaded checkpoint to ``output``; raises what `compile_model` raises."""
+    from distaff.compiler.compile import compile_model
+
+    return compile_model(
+        loaded.apply,
+        loaded.params,
+        output=output,
+        max_model_len=options.model_len(loaded),
+        name=name or loaded.name,
+        architecture=loaded.architecture,
+        latent_cache=options.latent_cache,
+        page_size=options.page_size,
+        buckets=options.batch_shapes(),
+        num_pages=options.num_pages,
+        eos_token_ids=loaded.eos_token_ids,
+        bos_token_id=loaded.bos_token_id,
+        tokenizer=loaded.tokenizer,
+        fingerprint=loaded.fingerprint,
+        dump=dump,
+        force=force,
+        progress=progress,
+    )
+
+
+def artifact_for(model: str, *, cache: Path | None = None, progress: Progress | None = None, **options: Any) -> Path:
+    """The artifact folder of ``model``: itself if it is one, else compiled once and kept in ``cache``.
+
+    ``options`` are the fields of `CompileOptions`. ``cache`` is `default_cache` unless given. A process that wants what
+    another is compiling waits for it. Raises the errors of the loader and of the compiler.
+    """
+    if (Path(model) / MANIFEST).is_file():
+        return Path(model)
+    wanted = CompileOptions(**options)
+    artifact = (cache or default_cache()) / "artifacts" / f"{_file_name(model)}-{_key(model, wanted)}"
+    if not (artifact / MANIFEST).is_file():
+        artifact.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(artifact.with_name(f"{artifact.name}.lock")):
+            if not (artifact / MANIFEST).is_file():  # unless another process made it while this one waited
+                from distaff.frontend.loading import load_model
+
+                compile_loaded(load_model(model, dtype=wanted.dtype), artifact, wanted, progress=progress)
+    return artifact
+
+
+def default_cache() -> Path:
+    """``$DISTAFF_CACHE``, or ``distaff`` in the user's cache folder."""
+    if configured := os.environ.get("DISTAFF_CACHE"):
+        return Path(configured)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distaff"
+
+
+def _file_name(model: str) -> str:
+    """The last part of a path or repository name, as a file name."""
+    return re.sub(r"[^\w.-]+", "-", Path(model).name) or "model"
+
+
+def _key(model: str, options: CompileOptions) -> str:
+    """Changes with the checkpoint, the options, the versions, and distaff's own source while it is being developed."""
+    path = Path(model)
+    files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+    stats = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    identity = str(path.resolve()) if files else model
+    versions = [importlib.metadata.version(package) for package in ("distaff", "jax")]
+    parts = [identity, stats, dataclasses.asdict(options), versions, _source_hash()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _source_hash() -> str:
+    digest = hashlib.sha256()
+    for package in (distaff.compiler, distaff.frontend, distaff.kernels):
+        for file in sorted(Path(package.__path__[0]).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Holds ``file`` against other processes; the system lets go of it even if this one is killed."""
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("another process is compiling this model; waiting for it (%s)", file)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

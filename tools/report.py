@@ -1,0 +1,100 @@
+"""Shows what the compiler found and made, as tables for people.
+
+A report is JSON: whatever the passes have to say. Lists of objects become tables, objects become two columns, so that a
+pass can add to the report without a change here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from distaff.compiler.artifact import Manifest
+
+
+def show_report(console: Console, report: Mapping[str, Any]) -> None:
+    """Prints each section of ``report``: findings, validation, passes."""
+    facts = {name: value for name, value in report.items() if not isinstance(value, (Mapping, list))}
+    if facts:
+        show_facts(console, "model", facts)
+    for name, value in report.items():
+        if isinstance(value, list):
+            show_rows(console, name, _counted(value))
+        elif isinstance(value, Mapping):
+            show_facts(console, name, value)
+
+
+def show_facts(console: Console, title: str, facts: Mapping[str, Any]) -> None:
+    """Prints names and values in two columns."""
+    table = _table(title)
+    table.add_column()
+    table.add_column()
+    for name, value in facts.items():
+        table.add_row(_words(name), _text(value))
+    table.show_header = False
+    console.print(table)
+
+
+def show_rows(console: Console, title: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Prints objects as rows; a column for every name that any of them has."""
+    rows = list(rows)
+    table = _table(f"{title} ({len(rows)})")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        numeric = all(isinstance(row.get(name, 0), (int, float)) for row in rows)
+        table.add_column(_words(name), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_text(row.get(name)) for name in names))
+    console.print(table)
+
+
+def artifact_facts(manifest: Manifest) -> dict[str, str]:
+    """Sizes and limits of an artifact, ready to show."""
+    return {
+        "model": f"{manifest.model} {manifest.architecture}".strip(),
+        "weights": f"{mebibytes(manifest.weight_bytes)}, mostly {manifest.dtype}",
+        "KV cache": f"{manifest.bytes_per_token} bytes a token in {len(manifest.caches)} buffers",
+        "KV pool": f"{manifest.num_pages} pages of {manifest.page_size} tokens, "
+        f"{mebibytes(manifest.num_pages * manifest.bytes_per_page)}",
+        "limits": f"{manifest.max_model_len} tokens a request, {manifest.max_batch} requests and "
+        f"{manifest.max_step_tokens} tokens a step",
+        "platform": manifest.platform,
+    }
+
+
+def mebibytes(size: int) -> str:
+    """``size`` bytes for people."""
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _counted(rows: list[Any]) -> list[Mapping[str, Any]]:
+    """Equal rows once with their number: a model of thirty equal layers finds thirty equal attentions."""
+    counts: dict[str, int] = {}
+    first: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        shown = row if isinstance(row, Mapping) else {"": row}
+        key = repr(sorted(shown.items(), key=lambda item: item[0]))
+        counts[key] = counts.get(key, 0) + 1
+        first.setdefault(key, shown)
+    if len(first) == len(rows):
+        return list(first.values())
+    return [{"times": counts[key], **row} for key, row in first.items()]
+
+
+def _table(title: str) -> Table:
+    return Table(title=_words(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value)
