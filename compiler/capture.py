@@ -10,6 +10,7 @@ the passes see one flat list of nodes, each with the user's location.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,12 +29,24 @@ _DROPPED = frozenset(
 _LAYER_LOOP_LIMIT = 1024
 
 
-def capture(function: Callable[[Any, Any], Any], params: Any, max_model_len: int) -> Graph:
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """A captured graph, with the numbers in it that change with the length.
+
+    ``leaks`` are kept apart because an analysis of the graph often has more to say: the mean over tokens divides by the
+    length, but what is wrong with it is the sum.
+    """
+
+    graph: Graph
+    leaks: tuple[LengthLeakError, ...] = ()
+
+
+def capture(function: Callable[[Any, Any], Any], params: Any, max_model_len: int) -> Captured:
     """Traces ``function(params, tokens int32[1, S])`` to a graph with one input, the tokens, and one output.
 
     ``params`` is a pytree of arrays; its leaves become weights named by their path. Raises `ModelSignatureError` if
-    the result is not one array, `LengthLeakError` if the length leaks, `UnsupportedOperationError` for loops that
-    cannot be unrolled.
+    the result is not one array, `LengthLeakError` if the program branches on the length, and
+    `UnsupportedOperationError` for loops that cannot be unrolled.
     """
     lengths = probe_lengths(max_model_len)
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
@@ -88,11 +101,12 @@ class _Capture:
         self.lengths = lengths
         self.nodes: list[Node] = []
         self.enclosing: list[Location] = []
+        self.leaks: list[LengthLeakError] = []
 
-    def run(self, traces: Sequence[jax_compat.ClosedJaxpr], weights: list[Value]) -> Graph:
+    def run(self, traces: Sequence[jax_compat.ClosedJaxpr], weights: list[Value]) -> Captured:
         tokens = Value(TensorType((1, Sym()), np.dtype(np.int32)), name="tokens")
         outputs = self.jaxprs([t.jaxpr for t in traces], [t.consts for t in traces], [*weights, tokens])
-        return Graph((tokens,), self.nodes, tuple(outputs)).reachable()
+        return Captured(Graph((tokens,), self.nodes, tuple(outputs)).reachable(), tuple(self.leaks))
 
     def jaxprs(
         self, jaxprs: Sequence[jax_compat.Jaxpr], consts: Sequence[Sequence[Any]], args: Sequence[Value]
@@ -105,7 +119,7 @@ class _Capture:
         for equations in self.lockstep(jaxprs):
             location = jax_compat.location_of(equations[0], self.enclosing)
             inputs = [
-                self.literal([e.invars[i] for e in equations], location)
+                self.literal([e.invars[i] for e in equations], location, equations[0].primitive.name)
                 if isinstance(atom, jax_compat.Literal)
                 else env[atom]
                 for i, atom in enumerate(equations[0].invars)
@@ -195,7 +209,7 @@ class _Capture:
                 "scan",
                 location,
                 "it loops over the token axis: each step needs the state of the one before",
-                "recurrences over tokens (RNN, Mamba, linear attention) are not served yet; only attention keeps a cache",
+                "recurrences over tokens (RNN, Mamba, linear attention) are not served; only attention keeps a cache",
             )
         (length,) = lengths
         if length > _LAYER_LOOP_LIMIT:
@@ -274,29 +288,27 @@ class _Capture:
             self.apply(jax.lax.select_n_p, [predicate, a, b], location, a.type) for a, b in zip(*results, strict=True)
         ]
 
-    def literal(self, atoms: Sequence[Any], location: Location) -> Value:
-        return self.constant([np.asarray(a.val, a.aval.dtype) for a in atoms], location)
+    def literal(self, atoms: Sequence[Any], location: Location, user: str = "output") -> Value:
+        return self.constant([np.asarray(a.val, a.aval.dtype) for a in atoms], location, user)
 
-    def constant(self, arrays: Sequence[Any], location: Location) -> Value:
+    def constant(self, arrays: Sequence[Any], location: Location, user: str = "constant") -> Value:
         """A captured array: the same at all lengths, or a table of which shorter ones are the leading part."""
         if isinstance(arrays[0], Value):
             return arrays[0]
-        shapes = [tuple(np.shape(a)) for a in arrays]
         longest = arrays[-1]
-        kind = TensorType(self.generalise(shapes, "constant shape", location), _dtype(longest))
-        whole = arrays[0] if all(a is arrays[0] for a in arrays) else None
-        if whole is None:
-            for array in arrays[:-1]:
-                if not np.array_equal(np.asarray(array), np.asarray(longest)[tuple(slice(n) for n in np.shape(array))]):
-                    shown = (
-                        f"{np.asarray(arrays[0])} and {np.asarray(longest)}" if not kind.rank else f"of shape {kind}"
-                    )
-                    raise LengthLeakError(
-                        "constant",
-                        location or Location(),
-                        f"a captured value differs between lengths {self.lengths[0]} and {self.lengths[-1]}: {shown}",
-                        "do not compute numbers from tokens.shape[1]; compute them from positions (jnp.arange) instead",
-                    )
+        kind = TensorType(
+            self.generalise([tuple(np.shape(a)) for a in arrays], "constant shape", location), _dtype(longest)
+        )
+        if not all(a is longest for a in arrays) and not all(_is_leading_part(a, longest) for a in arrays[:-1]):
+            shown = f"{np.asarray(arrays[0])} and {np.asarray(longest)}" if not kind.rank else f"of type {kind}"
+            self.leaks.append(
+                LengthLeakError(
+                    user,
+                    location,
+                    f"it takes a number that changes between lengths {self.lengths[0]} and {self.lengths[-1]}: {shown}",
+                    "do not compute numbers from tokens.shape[1]; compute them from positions (jnp.arange) instead",
+                )
+            )
         return Value(kind, data=longest)
 
     def generalise(self, values: Sequence[Any], what: str, location: Location) -> Any:
@@ -308,7 +320,7 @@ class _Capture:
             if len({len(v) for v in values}) == 1:
                 parts = [self.generalise([v[i] for v in values], what, location) for i in range(len(first))]
                 return tuple(parts) if isinstance(first, tuple) else parts
-        elif all(v == first for v in values):
+        elif all(v == first or (v != v and first != first) for v in values):
             return int(first) if isinstance(first, np.integer) else first
         elif isinstance(first, (int, np.integer)):
             scale, rest = divmod(int(values[1]) - int(first), self.lengths[1] - self.lengths[0])
@@ -325,3 +337,8 @@ class _Capture:
             f"its value is {', '.join(map(str, values))} at lengths {', '.join(map(str, self.lengths))}",
             "only shapes may depend on the sequence length; use positions (jnp.arange) for anything else",
         )
+
+
+def _is_leading_part(array: Any, longest: Any) -> bool:
+    leading = np.asarray(longest)[tuple(slice(n) for n in np.shape(array))]
+    return bool(np.array_equal(np.asarray(array), leading, equal_nan=np.issubdtype(leading.dtype, np.inexact)))

@@ -28,7 +28,7 @@ Primitive = _core.Primitive
 _LIBRARY_FOLDERS = ("/flax/", "/equinox/", "/haiku/", "/jaxtyping/", "/einops/", "/optax/", "/penzai/")
 _OWN_LIBRARY = tuple(
     str(Path(__file__).resolve().parent.parent / folder) + "/"
-    for folder in ("frontend/core", "frontend/linen", "frontend/nnx")
+    for folder in ("compiler", "frontend/core", "frontend/linen", "frontend/nnx")
 )
 
 

@@ -19,11 +19,11 @@ Shape = tuple[Dim, ...]
 Rule = Callable[[dict[str, Any], list[Shape], Shape], list[DimMap]]
 
 ELEMENTWISE = frozenset(
-    """abs add add_any and asin acos atan asinh acosh atanh atan2 cbrt ceil clamp convert_element_type cos cosh copy
-    copy_p digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p
-    logistic lt max min mul ne neg nextafter not optimization_barrier or pow population_count real reduce_precision rem
-    round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient
-    sub tan tanh xor bitcast_convert_type""".split()
+    """abs add add_any and asin acos atan asinh acosh atanh atan2 bitcast_convert_type cbrt ceil clamp
+    convert_element_type cos cosh copy copy_p digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag
+    integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not optimization_barrier or pow
+    population_count real reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
+    shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
 )
 STRUCTURAL = frozenset({"broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims"})
 REDUCTIONS = frozenset(
@@ -150,7 +150,7 @@ def _top_k(params: dict[str, Any], shapes: list[Shape], out: Shape) -> list[DimM
 
 def _gather(params: dict[str, Any], shapes: list[Shape], out: Shape) -> list[DimMap]:
     numbers = params["dimension_numbers"]
-    operand, indices = shapes
+    operand = shapes[0]
     batch = [i for i in range(len(out)) if i not in numbers.offset_dims]
     result: list[int | None] = [TOUCHED] * len(operand)
     dropped = set(numbers.collapsed_slice_dims) | set(numbers.operand_batching_dims)

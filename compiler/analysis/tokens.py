@@ -98,7 +98,7 @@ class _Classifier:
                 raise MixesTokensError(
                     node.op, node.location,
                     f"it makes a value of type {value.type}, in which the token axis S is cut, shifted or merged",
-                    "keep the token axis whole; shift labels in the loss and not in the model, and build positions with "
+                    "keep the token axis whole; shift labels in the loss, not in the model, and build positions with "
                     "jnp.arange(tokens.shape[1])",
                 )  # fmt: skip
             if len(value.type.token_dims) > 2:
@@ -154,9 +154,11 @@ class _Classifier:
     def mixing(self, node: Node, value: Value, dim: int) -> MixesTokensError:
         how = "contracts" if node.op == "dot_general" else "runs along"
         return MixesTokensError(
-            node.op, node.location, f"it {how} the token axis (dimension {dim} of {value.type}), so tokens see each other",
-            "only causal attention (scores between query and key tokens, masked, then summed over keys) may look across "
-            "tokens; apply everything else token by token",
+            node.op,
+            node.location,
+            f"it {how} the token axis (dimension {dim} of {value.type}), so tokens see each other",
+            "only causal attention (scores between query and key tokens, masked, then summed over keys) may look "
+            "across tokens; apply everything else token by token",
         )  # fmt: skip
 
     def close_regions(self) -> TokenClasses:

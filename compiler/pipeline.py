@@ -1,0 +1,148 @@
+"""The pipeline: the passes in order, each verified and, on request, dumped.
+
+capture -> fold -> merge -> attention -> serve -> emit -> validate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distaff.compiler.analysis.tokens import Kind, TokenClasses, classify_tokens
+from distaff.compiler.capture import capture
+from distaff.compiler.ir import Graph
+from distaff.compiler.ir.printer import print_graph
+from distaff.compiler.ir.verifier import verify
+from distaff.compiler.lowering.emit import emit, weights_of
+from distaff.compiler.passes.attention import AttentionFinding, raise_attention
+from distaff.compiler.passes.cleanup import fold_constants, merge_equal
+from distaff.compiler.passes.serve import ServePlan, bytes_per_token, plan_serving
+from distaff.compiler.serve_step import ServeStep
+from distaff.compiler.validate import validate
+
+
+@dataclasses.dataclass
+class Derivation:
+    """A derived program with what the passes found on the way."""
+
+    plan: ServePlan
+    findings: list[AttentionFinding]
+    passes: list[dict[str, Any]]
+
+
+def derive(
+    fn: Callable[[Any, Any], Any],
+    params: Any,
+    *,
+    max_model_len: int,
+    latent_cache: bool = False,
+    dump: str | os.PathLike[str] | None = None,
+) -> Derivation:
+    """Captures ``fn(params, tokens[1, S])`` and derives its serving plan, or refuses with the user's line.
+
+    Raises the errors of `distaff.compiler.errors`. ``dump`` is a folder for the IR after each pass.
+    """
+    log = _PassLog(dump)
+    captured = capture(fn, params, max_model_len)
+    graph = log.run("capture", lambda: captured.graph)
+    graph = log.run("fold_constants", lambda: fold_constants(graph))
+    graph = log.run("merge_equal", lambda: merge_equal(graph))
+    classes = classify_tokens(graph)
+    if captured.leaks:
+        raise captured.leaks[0]
+    findings: list[AttentionFinding] = []
+
+    def attention() -> Graph:
+        raised, found = raise_attention(graph, classes, max_model_len, latent=latent_cache)
+        findings.extend(found)
+        return raised
+
+    raised = log.run("attention", attention, classes)
+    return Derivation(plan_serving(raised, classes), findings, log.entries)
+
+
+def derive_serve_step(
+    fn: Callable[[Any, Any], Any],
+    params: Any,
+    *,
+    max_model_len: int,
+    page_size: int = 16,
+    latent_cache: bool = False,
+    dump: str | os.PathLike[str] | None = None,
+) -> ServeStep:
+    """Derives and validates the serving step of ``fn``; the report tells what was found and measured."""
+    derivation = derive(fn, params, max_model_len=max_model_len, latent_cache=latent_cache, dump=dump)
+    plan = derivation.plan
+    weights = weights_of(plan)
+    step = ServeStep(
+        weights={name: value.data for name, value in weights.items()},
+        caches=plan.caches,
+        vocab_size=plan.vocab_size,
+        function=emit(plan, list(weights.values())),
+    )
+    (output,) = plan.graph.outputs
+    started = time.perf_counter()
+    dtypes = {str(v.type.dtype) for n in plan.graph.nodes for v in n.outputs}
+    lowest = next((d for d in ("bfloat16", "float16") if d in dtypes), "float32")
+    result = validate(
+        step, fn, params, max_model_len=max_model_len, page_size=page_size, dtype=lowest,
+        last_only=plan.classes[output] is Kind.REQUEST,
+    )  # fmt: skip
+    report = {
+        "attentions": [_finding(f) for f in derivation.findings],
+        "kv_bytes_per_token": bytes_per_token(plan.caches),
+        "validation": {
+            "max_error": result.max_error,
+            "largest_logit": result.scale,
+            "relative_error": result.relative,
+            "rows": result.rows,
+            "seconds": time.perf_counter() - started,
+        },
+        "passes": derivation.passes,
+    }
+    return dataclasses.replace(step, report=report)
+
+
+def _finding(finding: AttentionFinding) -> dict[str, Any]:
+    spec = finding.spec
+    attributes: dict[str, Any] = {"mask": finding.visibility.kind, "window": finding.visibility.window}
+    if spec is not None:
+        attributes |= {"scale": spec.scale, "softcap": spec.softcap, "alibi": spec.slopes is not None}
+    return {
+        "location": str(finding.location),
+        "served_by": finding.served_by,
+        "reason": finding.reason,
+        **{k: v for k, v in attributes.items() if v not in (None, False)},
+    }
+
+
+class _PassLog:
+    """Runs passes, verifies and dumps what they return, and keeps node counts and times for the report."""
+
+    def __init__(self, dump: str | os.PathLike[str] | None) -> None:
+        self.folder = Path(dump) if dump is not None else None
+        self.entries: list[dict[str, Any]] = []
+        self.nodes = 0
+
+    def run(self, name: str, make: Callable[[], Graph], classes: TokenClasses | None = None) -> Graph:
+        started = time.perf_counter()
+        graph = make()
+        verify(graph, name)
+        self.entries.append(
+            {
+                "name": name,
+                "nodes_before": self.nodes,
+                "nodes": len(graph.nodes),
+                "seconds": time.perf_counter() - started,
+            }
+        )
+        self.nodes = len(graph.nodes)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            notes = {} if classes is None else {i: f"<{k.name.lower()}>" for i, k in classes.kinds.items()}
+            (self.folder / f"{len(self.entries)}-{name}.txt").write_text(print_graph(graph, annotations=notes))
+        return graph
