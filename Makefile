@@ -3,14 +3,12 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 CACHE ?= .cache
 
-.PHONY: demo test check lint typecheck pytest smoke clean
+.PHONY: demo test lint typecheck pytest smoke clean
 
 demo: $(VENV)/.run
 	$(PY) -m distaff.tools.demo --cache $(CACHE)
 
-test: check
-
-check: lint typecheck pytest
+test: lint typecheck pytest
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -23,8 +21,8 @@ typecheck: $(VENV)/.test build/links
 pytest: $(VENV)/.test
 	$(VENV)/bin/pytest
 
-smoke: $(VENV)/.run
-	$(PY) -m pip install -q ".[test]"
+# The quick subset, which needs no torch, transformers or flax.
+smoke: $(VENV)/.smoke
 	$(VENV)/bin/pytest -m smoke
 
 build/links:
@@ -34,14 +32,20 @@ build/links:
 $(PY):
 	.ci/make-venv $(VENV)
 
+INSTALL = $(PY) -m pip install -q --no-build-isolation -e
+
 $(VENV)/.run: pyproject.toml | $(PY)
 	$(PY) -m pip install -q scikit-build-core
-	$(PY) -m pip install -q --no-build-isolation -e ".[serve,gguf,hub]"
+	$(INSTALL) ".[serve,gguf,hub]"
 	touch $@
 
-$(VENV)/.test: pyproject.toml $(VENV)/.run
-	$(PY) -m pip install -q ".[test,reference,bench]" --no-build-isolation -e ".[serve,gguf,hub,test,reference,bench]"
+$(VENV)/.smoke: $(VENV)/.run
+	$(INSTALL) ".[serve,gguf,hub,test]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	$(INSTALL) ".[serve,gguf,hub,test,reference,bench]"
 	touch $@
 
 clean:
-	rm -rf build dist $(VENV) $(CACHE)
+	rm -rf build dist .venv .venv-newer $(CACHE)

@@ -1,0 +1,55 @@
+"""Imports run one way: tools -> all; frontend -> compiler.ir; runtime -> compiler.artifact, kernels; kernels -> none."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("compiler", "frontend", "kernels", "runtime", "tools")
+ALLOWED = {
+    "compiler": ("distaff.compiler", "distaff.kernels"),
+    "frontend": ("distaff.frontend", "distaff.compiler.ir"),
+    "kernels": ("distaff.kernels",),
+    "runtime": ("distaff.runtime", "distaff.kernels", "distaff.compiler.artifact"),
+    "tools": ("distaff",),
+}
+PRIVATE_JAX = ("jax._src", "jax.extend", "jax.interpreters", "jax.core", "jaxlib")
+REFERENCES = ("torch", "transformers", "flax", "equinox")
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.lineno, "relative"))
+    return found
+
+
+def within(name: str, allowed: tuple[str, ...]) -> bool:
+    return any(name == a or name.startswith(a + ".") for a in allowed)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_run_one_way(folder):
+    wrong = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for line, name in imports(path):
+            where = f"{path.relative_to(ROOT)}:{line} imports {name}"
+            if name == "relative" or within(name, REFERENCES):
+                wrong.append(where)
+            elif within(name, ("distaff",)) and not within(name, ALLOWED[folder]):
+                wrong.append(where)
+            elif within(name, PRIVATE_JAX) and path.name != "jax_compat.py":
+                wrong.append(where)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.smoke
+def test_every_folder_has_code():
+    assert all(len(list((ROOT / folder).rglob("*.py"))) > 3 for folder in FOLDERS)
