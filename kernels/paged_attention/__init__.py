@@ -1,5 +1,17 @@
 """Ragged paged attention: writing new keys and values into pages and attending over them."""
 
 from distaff.kernels.paged_attention.batch import StepBatch, batch_shapes
+from distaff.kernels.paged_attention.operation import call_attributes, paged_attention
+from distaff.kernels.paged_attention.pages import gather_pages, read_context, write_pages
+from distaff.kernels.paged_attention.spec import AttentionSpec
 
-__all__ = ["StepBatch", "batch_shapes"]
+__all__ = [
+    "AttentionSpec",
+    "StepBatch",
+    "batch_shapes",
+    "call_attributes",
+    "gather_pages",
+    "paged_attention",
+    "read_context",
+    "write_pages",
+]
