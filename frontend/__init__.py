@@ -1,1 +1,1 @@
-"""distaff.frontend."""
+"""What people write models with: Linen modules, model families, checkpoint loading."""

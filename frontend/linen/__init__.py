@@ -1,1 +1,76 @@
-"""distaff.frontend.linen."""
+"""Linen: modules as dataclasses, with parameters outside. ``from distaff.frontend import linen as nn``.
+
+The names and behaviour are those of ``flax.linen``; existing code runs after a change of its import.
+"""
+
+from distaff.frontend.core import DenyList as DenyList
+from distaff.frontend.core import FrozenDict as FrozenDict
+from distaff.frontend.core import meta as meta
+from distaff.frontend.core.meta import PARTITION_NAME as PARTITION_NAME
+from distaff.frontend.core.meta import Partitioned as Partitioned
+from distaff.frontend.core.meta import get_partition_spec as get_partition_spec
+from distaff.frontend.core.meta import get_sharding as get_sharding
+from distaff.frontend.core.meta import unbox as unbox
+from distaff.frontend.core.meta import with_partitioning as with_partitioning
+from distaff.frontend.core.scope import Variable as Variable
+from distaff.frontend.linen.activation import celu as celu
+from distaff.frontend.linen.activation import elu as elu
+from distaff.frontend.linen.activation import gelu as gelu
+from distaff.frontend.linen.activation import glu as glu
+from distaff.frontend.linen.activation import hard_sigmoid as hard_sigmoid
+from distaff.frontend.linen.activation import hard_silu as hard_silu
+from distaff.frontend.linen.activation import hard_swish as hard_swish
+from distaff.frontend.linen.activation import hard_tanh as hard_tanh
+from distaff.frontend.linen.activation import leaky_relu as leaky_relu
+from distaff.frontend.linen.activation import log_sigmoid as log_sigmoid
+from distaff.frontend.linen.activation import log_softmax as log_softmax
+from distaff.frontend.linen.activation import logsumexp as logsumexp
+from distaff.frontend.linen.activation import normalize as normalize
+from distaff.frontend.linen.activation import one_hot as one_hot
+from distaff.frontend.linen.activation import relu as relu
+from distaff.frontend.linen.activation import relu6 as relu6
+from distaff.frontend.linen.activation import selu as selu
+from distaff.frontend.linen.activation import sigmoid as sigmoid
+from distaff.frontend.linen.activation import silu as silu
+from distaff.frontend.linen.activation import soft_sign as soft_sign
+from distaff.frontend.linen.activation import softmax as softmax
+from distaff.frontend.linen.activation import softplus as softplus
+from distaff.frontend.linen.activation import standardize as standardize
+from distaff.frontend.linen.activation import swish as swish
+from distaff.frontend.linen.activation import tanh as tanh
+from distaff.frontend.linen.class_transform import compact as compact
+from distaff.frontend.linen.class_transform import nowrap as nowrap
+from distaff.frontend.linen.combinators import Sequential as Sequential
+from distaff.frontend.linen.context import disable_named_call as disable_named_call
+from distaff.frontend.linen.context import enable_named_call as enable_named_call
+from distaff.frontend.linen.context import intercept_methods as intercept_methods
+from distaff.frontend.linen.context import override_named_call as override_named_call
+from distaff.frontend.linen.initializers import ones as ones
+from distaff.frontend.linen.initializers import ones_init as ones_init
+from distaff.frontend.linen.initializers import zeros as zeros
+from distaff.frontend.linen.initializers import zeros_init as zeros_init
+from distaff.frontend.linen.linear import Dense as Dense
+from distaff.frontend.linen.linear import DenseGeneral as DenseGeneral
+from distaff.frontend.linen.linear import Einsum as Einsum
+from distaff.frontend.linen.linear import Embed as Embed
+from distaff.frontend.linen.module import Module as Module
+from distaff.frontend.linen.module import apply as apply
+from distaff.frontend.linen.module import init as init
+from distaff.frontend.linen.module import init_with_output as init_with_output
+from distaff.frontend.linen.module import merge_param as merge_param
+from distaff.frontend.linen.module import share_scope as share_scope
+from distaff.frontend.linen.normalization import BatchNorm as BatchNorm
+from distaff.frontend.linen.normalization import GroupNorm as GroupNorm
+from distaff.frontend.linen.normalization import LayerNorm as LayerNorm
+from distaff.frontend.linen.normalization import RMSNorm as RMSNorm
+from distaff.frontend.linen.stochastic import Dropout as Dropout
+from distaff.frontend.sharding import LogicallyPartitioned as LogicallyPartitioned
+from distaff.frontend.sharding import RulesFallback as RulesFallback
+from distaff.frontend.sharding import get_logical_axis_rules as get_logical_axis_rules
+from distaff.frontend.sharding import logical_axis_rules as logical_axis_rules
+from distaff.frontend.sharding import logical_to_mesh as logical_to_mesh
+from distaff.frontend.sharding import logical_to_mesh_axes as logical_to_mesh_axes
+from distaff.frontend.sharding import logical_to_mesh_sharding as logical_to_mesh_sharding
+from distaff.frontend.sharding import set_logical_axis_rules as set_logical_axis_rules
+from distaff.frontend.sharding import with_logical_constraint as with_logical_constraint
+from distaff.frontend.sharding import with_logical_partitioning as with_logical_partitioning

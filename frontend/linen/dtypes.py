@@ -1,0 +1,32 @@
+"""The dtype in which a layer computes."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+Array: TypeAlias = jax.Array
+# A dtype or what jax.numpy takes for one, such as jnp.bfloat16 or "float32".
+Dtype: TypeAlias = Any
+
+
+def canonicalize_dtype(*args: Any, dtype: Dtype | None = None, inexact: bool = True) -> Dtype:
+    """``dtype``, or the one that the arguments (None ones aside) promote to.
+
+    With ``inexact``, integers count as float32, and ValueError refuses a ``dtype`` that is not floating or complex.
+    """
+    if dtype is None:
+        dtype = jnp.result_type(*(jnp.asarray(x) for x in args if x is not None))
+        if inexact and not jnp.issubdtype(dtype, jnp.inexact):
+            dtype = jnp.promote_types(jnp.float32, dtype)
+    if inexact and not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(f"The dtype to compute in must be floating or complex, got {dtype}.")
+    return dtype
+
+
+def promote_dtype(*args: Any, dtype: Dtype | None = None, inexact: bool = True) -> list[Any]:
+    """The arguments as arrays of one dtype, chosen by ``canonicalize_dtype``; None stays None."""
+    dtype = canonicalize_dtype(*args, dtype=dtype, inexact=inexact)
+    return [None if x is None else jnp.asarray(x, dtype) for x in args]

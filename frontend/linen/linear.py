@@ -1,0 +1,244 @@
+"""Linear layers: ``Dense``, ``DenseGeneral``, ``Einsum`` and ``Embed``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from distaff.frontend.core import meta
+from distaff.frontend.core.initializer_shapes import makes_requested_shape
+from distaff.frontend.linen import initializers
+from distaff.frontend.linen.dtypes import Array, Dtype, promote_dtype
+from distaff.frontend.linen.module import Module, merge_param
+from distaff.frontend.linen.class_transform import compact
+
+Initializer: TypeAlias = Callable[..., Any]
+# lax.Precision, its name, a pair of either, or None for the default.
+PrecisionLike: TypeAlias = Any
+DotGeneral: TypeAlias = Callable[..., Array]
+
+default_kernel_init = initializers.lecun_normal()
+default_embed_init = initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+
+
+def _tuple(x: int | Sequence[int]) -> tuple[int, ...]:
+    return tuple(x) if isinstance(x, Sequence) else (x,)
+
+
+def _axes(axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    """Axes counted from the front, in order."""
+    return tuple(sorted(axis % ndim if axis < 0 else axis for axis in _tuple(axes)))
+
+
+class Dense(Module):
+    """``y = x @ kernel + bias`` over the last axis of ``x`` [..., inputs], to [..., features].
+
+    Parameters: ``kernel`` [inputs, features], ``bias`` [features].
+
+    Args:
+        features: size of the last axis of the output.
+        use_bias: add a bias.
+        dtype: computes in this dtype; by default in the one that input and parameters promote to.
+        param_dtype: dtype of the parameters.
+        precision: of the product, as for ``jax.lax.dot_general``.
+        kernel_init, bias_init: initialisers ``(key, shape, dtype)``.
+        promote_dtype: brings input and parameters to ``dtype``.
+        dot_general: replaces ``jax.lax.dot_general``.
+        dot_general_cls: makes such a replacement, anew in every call; goes before ``dot_general``.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    kernel_init: Initializer = default_kernel_init
+    bias_init: Initializer = initializers.zeros
+    promote_dtype: Callable[..., list[Any]] = promote_dtype
+    dot_general: DotGeneral | None = None
+    dot_general_cls: Any = None
+
+    @compact
+    def __call__(self, inputs: Array) -> Array:
+        """Apply the layer to ``inputs`` [..., inputs]."""
+        kernel = self.param("kernel", self.kernel_init, (jnp.shape(inputs)[-1], self.features), self.param_dtype)
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        dot_general = self.dot_general_cls() if self.dot_general_cls else self.dot_general or lax.dot_general
+        y = dot_general(inputs, kernel, (((inputs.ndim - 1,), (0,)), ((), ())), precision=self.precision)
+        if bias is not None:
+            y += jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
+        return y  # type: ignore[no-any-return]
+
+
+class DenseGeneral(Module):
+    """A linear layer over several axes, to several axes, optionally a separate one for each index of batch axes.
+
+    For ``x`` [batch_dims..., others..., axis...] the output is [batch_dims..., others..., features...]. Parameters:
+    ``kernel`` [batch_dims..., axis..., features...], ``bias`` [batch_dims..., features...].
+
+    Args:
+        features: size or sizes of the output axes.
+        axis: axis or axes that are contracted.
+        batch_dims: leading axes with a kernel of their own for each index.
+        use_bias, dtype, param_dtype, precision, promote_dtype, dot_general, dot_general_cls: as for ``Dense``.
+        kernel_init, bias_init: initialisers; called with the shape flattened to [inputs, features] and [features].
+    """
+
+    features: int | Sequence[int]
+    axis: int | Sequence[int] = -1
+    batch_dims: Sequence[int] = ()
+    use_bias: bool = True
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    kernel_init: Initializer = default_kernel_init
+    bias_init: Initializer = initializers.zeros
+    precision: PrecisionLike = None
+    promote_dtype: Callable[..., list[Any]] = promote_dtype
+    dot_general: DotGeneral | None = None
+    dot_general_cls: Any = None
+
+    @compact
+    def __call__(self, inputs: Array) -> Array:
+        """Apply the layer; ValueError if ``batch_dims`` are not the leading axes."""
+        features = _tuple(self.features)
+        axis = _axes(self.axis, inputs.ndim)
+        batch_dims = _axes(self.batch_dims, inputs.ndim)
+        if batch_dims != tuple(range(len(batch_dims))):
+            raise ValueError(f"batch_dims {self.batch_dims} must be consecutive leading dimensions starting from 0.")
+        batch_shape = inputs.shape[: len(batch_dims)]
+        kernel_shape = (*batch_shape, *(inputs.shape[i] for i in axis), *features)
+        flat_inputs = math.prod(kernel_shape[: len(kernel_shape) - len(features)])
+        flat_features = math.prod(features)
+
+        kernel_init = _flattened(self.kernel_init, (flat_inputs, flat_features))
+        kernel = self.param("kernel", kernel_init, kernel_shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias_init = _flattened(self.bias_init, (math.prod(batch_shape) * flat_features,))
+            bias = self.param("bias", bias_init, (*batch_shape, *features), self.param_dtype)
+        inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+
+        contracted = tuple(range(len(batch_dims), len(batch_dims) + len(axis)))
+        dot_general = self.dot_general_cls() if self.dot_general_cls else self.dot_general or lax.dot_general
+        out = dot_general(inputs, kernel, ((axis, contracted), (batch_dims, batch_dims)), precision=self.precision)
+        if bias is not None:
+            others = (1,) * (inputs.ndim - len(axis) - len(batch_dims))
+            out += jnp.reshape(bias, (*batch_shape, *others, *features))
+        return out  # type: ignore[no-any-return]
+
+
+def _flattened(init_fn: Initializer, flat_shape: tuple[int, ...]) -> Initializer:
+    """``init_fn`` for an array that is initialised as one of ``flat_shape``: its fans are those of the flat one."""
+
+    @makes_requested_shape
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Any:
+        value = init_fn(key, flat_shape, dtype)
+        if isinstance(value, meta.AxisMetadata):
+            return meta.replace_boxed(value, jnp.reshape(value.unbox(), shape))
+        return jnp.reshape(value, shape)
+
+    return init
+
+
+class Einsum(Module):
+    """``y = einsum(einsum_str, x, kernel) + bias``.
+
+    Parameters: ``kernel`` of ``shape``; ``bias`` with the axes of the output that come from the kernel.
+
+    Args:
+        shape: shape of the kernel.
+        einsum_str: the equation, with "->" and two operands; may be passed to the call instead.
+        use_bias, dtype, param_dtype, precision, kernel_init, bias_init, promote_dtype: as for ``Dense``.
+        preferred_element_type: dtype to accumulate in and to return.
+    """
+
+    shape: Sequence[int]
+    einsum_str: str | None = None
+    use_bias: bool = True
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    kernel_init: Initializer = default_kernel_init
+    bias_init: Initializer = initializers.zeros
+    promote_dtype: Callable[..., list[Any]] = promote_dtype
+    preferred_element_type: Dtype | None = None
+
+    @compact
+    def __call__(self, inputs: Array, einsum_str: str | None = None) -> Array:
+        """Apply the layer; ValueError if the equation does not have the form "…,…->…"."""
+        equation = merge_param("einsum_str", self.einsum_str, einsum_str).replace(" ", "")
+        if "->" not in equation or equation.count(",") != 1:
+            raise ValueError(
+                f'`einsum_str` must have two operands and an explicit "->", as in "bi,io->bo": {equation!r}'
+            )
+        kernel = self.param("kernel", self.kernel_init, self.shape, self.param_dtype)
+        bias, broadcast_shape = None, None
+        if self.use_bias:
+            broadcast_shape = _einsum_bias_shape(equation, inputs.ndim, kernel.shape)
+            bias_shape = tuple(size for size in broadcast_shape if size is not None)
+            bias = self.param("bias", self.bias_init, bias_shape, self.param_dtype)
+        inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        y = jnp.einsum(
+            equation, inputs, kernel, precision=self.precision, preferred_element_type=self.preferred_element_type
+        )
+        if broadcast_shape is not None:
+            y += jnp.reshape(bias, tuple(1 if size is None else size for size in broadcast_shape))
+        return y
+
+
+def _einsum_bias_shape(equation: str, ndim: int, kernel_shape: tuple[int, ...]) -> list[int | None]:
+    """For each axis of the output its size if it is an axis of the kernel, otherwise None."""
+    operands, result = equation.split("->")
+    inputs, kernel = operands.split(",")
+    if "..." in kernel:
+        raise ValueError(f"With use_bias the kernel's axes must all be named, got {equation!r}.")
+    batch = "." * (ndim - len(inputs.replace("...", "")))
+    sizes = dict(zip(kernel, kernel_shape, strict=True))
+    return [sizes.get(letter) for letter in result.replace("...", batch)]
+
+
+class Embed(Module):
+    """A table of vectors, looked up by integers of any shape: [...] to [..., features].
+
+    Parameters: ``embedding`` [num_embeddings, features].
+
+    Args:
+        num_embeddings: number of vectors. Indices out of range give NaN.
+        features: size of each.
+        dtype: of the output; by default that of the table.
+        param_dtype: dtype of the table.
+        embedding_init: initialiser ``(key, shape, dtype)``.
+        promote_dtype: as for ``Dense``.
+    """
+
+    num_embeddings: int
+    features: int
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    embedding_init: Initializer = default_embed_init
+    promote_dtype: Callable[..., list[Any]] = promote_dtype
+
+    def setup(self) -> None:
+        """Declare the table."""
+        shape = (self.num_embeddings, self.features)
+        self.embedding = self.param("embedding", self.embedding_init, shape, self.param_dtype)
+
+    def __call__(self, inputs: Array) -> Array:
+        """The vectors at the integers ``inputs``; ValueError if they are not integers."""
+        if not jnp.issubdtype(inputs.dtype, jnp.integer):
+            raise ValueError(f"Embed looks up integers, got an input of dtype {inputs.dtype}.")
+        (embedding,) = self.promote_dtype(self.embedding, dtype=self.dtype, inexact=False)
+        if self.num_embeddings == 1:  # no valid index but 0, and nothing to look up
+            return jnp.broadcast_to(embedding, (*inputs.shape, self.features))
+        return jnp.take(embedding, inputs, axis=0)
+
+    def attend(self, query: Array) -> Array:
+        """Logits [..., num_embeddings] of ``query`` [..., features]: its products with all vectors (tied weights)."""
+        query, embedding = self.promote_dtype(query, self.embedding, dtype=self.dtype)
+        return jnp.dot(query, embedding.T)
