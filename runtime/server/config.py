@@ -1,0 +1,82 @@
+"""Settings of the HTTP server, and what it needs of an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from distaff.compiler.artifact import Manifest
+from distaff.runtime.outputs import RequestOutput
+from distaff.runtime.sampling_params import SamplingParams
+from distaff.runtime.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Settings of the server; named as vLLM's flags where it has them.
+
+    ``served_model_names``: names that requests may use; the first one stands in responses and metrics.
+    ``api_keys``: if not empty, paths under ``/v1`` need one as ``Authorization: Bearer``.
+    ``chat_template``: Jinja source that replaces the model's own.
+    ``use_generation_config``: take sampling defaults from the model's ``generation_config.json``.
+    ``max_body_bytes``: larger request bodies are refused with 413.
+    ``shutdown_grace_seconds``: how long running requests may go on after SIGTERM.
+    """
+
+    served_model_names: Sequence[str]
+    api_keys: Sequence[str] = ()
+    chat_template: str | None = None
+    trust_request_chat_template: bool = False
+    use_generation_config: bool = True
+    priority_scheduling: bool = False
+    return_tokens_as_token_ids: bool = False
+    enable_log_requests: bool = False
+    allowed_origins: Sequence[str] = ("*",)
+    allowed_methods: Sequence[str] = ("*",)
+    allowed_headers: Sequence[str] = ("*",)
+    allow_credentials: bool = False
+    root_path: str = ""
+    max_body_bytes: int = 16 * 2**20
+    shutdown_grace_seconds: float = 15.0
+
+    def __post_init__(self) -> None:
+        if not self.served_model_names:
+            raise ValueError("served_model_names is empty; give at least one name")
+
+
+class EngineClient(Protocol):
+    """The part of ``AsyncEngine`` that the server uses."""
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine's loop has died."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """The artifact's manifest."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The artifact's tokenizer; raises `TokenizerError` if ``manifest.has_tokenizer`` is False."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and output together."""
+
+    async def start(self) -> None:
+        """Starts the loop."""
+
+    async def shutdown(self, timeout: float = 0.0) -> None:
+        """Takes no more requests, lets those that run go on for up to ``timeout`` seconds, then stops."""
+
+    def generate(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Outputs of one request; closing the iterator aborts it."""

@@ -1,0 +1,163 @@
+"""The two generation endpoints and the two that only use the tokenizer."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from distaff.runtime.server.answer import Answer
+from distaff.runtime.server.chat import ChatAnswer
+from distaff.runtime.server.completions import CompletionAnswer
+from distaff.runtime.server.config import EngineClient, ServerConfig
+from distaff.runtime.server.connection import EventStream, read_body, while_connected
+from distaff.runtime.server.errors import ApiError, bad_request
+from distaff.runtime.server.fields import parse, parse_json
+from distaff.runtime.server.logprobs import TokenNames
+from distaff.runtime.server.output_stream import OutputStream
+from distaff.runtime.server.prompts import Prompt, PromptProcessor
+from distaff.runtime.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    TokenizeRequest,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Generation:
+    """Serves requests with one engine."""
+
+    def __init__(self, engine: EngineClient, config: ServerConfig) -> None:
+        self._engine = engine
+        self._config = config
+        self._prompts = PromptProcessor(engine, config)
+        self._tokenizer = engine.tokenizer if engine.manifest.has_tokenizer else None
+        self._model_defaults: Mapping[str, Any] = {}
+        if config.use_generation_config and self._tokenizer is not None:
+            self._model_defaults = self._tokenizer.generation_config
+
+    async def completions(self, http: Request) -> Response:
+        """``POST /v1/completions``."""
+        return await self._connected(http, self._complete)
+
+    async def chat_completions(self, http: Request) -> Response:
+        """``POST /v1/chat/completions``."""
+        return await self._connected(http, self._chat)
+
+    async def tokenize(self, http: Request) -> Response:
+        """``POST /tokenize``."""
+        return await self._connected(http, self._tokenize)
+
+    async def detokenize(self, http: Request) -> Response:
+        """``POST /detokenize``."""
+        return await self._connected(http, self._detokenize)
+
+    async def _connected(self, http: Request, respond: Callable[[Request, Any], Awaitable[Response]]) -> Response:
+        body = parse_json(await read_body(http, self._config.max_body_bytes))
+
+        async def work() -> Response:
+            return await respond(http, body)
+
+        return await while_connected(http.receive, work())
+
+    async def _complete(self, http: Request, body: Any) -> Response:
+        request = parse(CompletionRequest, body)
+        model = self._check(request)
+        prompts = []
+        for given in request.prompt:
+            text = given if isinstance(given, str) else None
+            ids = given if not isinstance(given, str) else await self._prompts.encode(given, request.add_special_tokens)
+            prompts.append(self._prompts.fitted(request, ids, text))
+        texts = [self._echoed(prompt) if request.echo else "" for prompt in prompts]
+        answer_id = _answer_id("cmpl", http, request)
+        answer = CompletionAnswer(request, answer_id, model, self._names(request), texts)
+        return await self._respond(request, prompts, answer_id, answer)
+
+    async def _chat(self, http: Request, body: Any) -> Response:
+        request = parse(ChatCompletionRequest, body)
+        model = self._check(request)
+        text = await self._prompts.chat_text(request)
+        ids = await self._prompts.encode(text, request.add_special_tokens, "messages")
+        prompt = self._prompts.fitted(request, ids, text)
+        answer_id = _answer_id("chatcmpl", http, request)
+        answer = ChatAnswer(request, answer_id, model, self._names(request))
+        return await self._respond(request, [prompt], answer_id, answer)
+
+    async def _respond(
+        self, request: GenerationRequest, prompts: Sequence[Prompt], answer_id: str, answer: Answer[Any]
+    ) -> Response:
+        sources = []
+        for i, prompt in enumerate(prompts):
+            params = request.sampling_params(prompt.max_tokens, self._model_defaults, self._tokenizer is not None)
+            # Clients may repeat their ids; the engine's must differ.
+            engine_id = f"{answer_id}-{i}-{uuid.uuid4().hex[:8]}"
+            if self._config.enable_log_requests:
+                logger.info("request %s: %d prompt tokens, %s", engine_id, len(prompt.token_ids), params)
+            sources.append(
+                self._engine.generate(
+                    prompt.token_ids,
+                    params,
+                    engine_id,
+                    priority=request.priority,
+                    cache_salt=request.cache_salt,
+                )
+            )
+        outputs = OutputStream(sources)
+        if not request.stream:
+            return JSONResponse(answer.response(await outputs.final(len(prompts))))
+        await outputs.start()
+        return EventStream(answer.chunks(outputs), outputs)
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer with; 404 for a model that is not served here. No name stands for the one that is."""
+        if name is not None and name not in self._config.served_model_names:
+            raise ApiError(404, f"The model `{name}` does not exist.", param="model", code="model_not_found")
+        return name or self._config.served_model_names[0]
+
+    def _check(self, request: GenerationRequest) -> str:
+        model = self.check_model(request.model)
+        if request.priority and not self._config.priority_scheduling:
+            raise bad_request("priority", "`priority` needs a server that runs with --scheduling-policy priority.")
+        return model
+
+    def _names(self, request: GenerationRequest) -> TokenNames:
+        as_ids = request.return_tokens_as_token_ids
+        return TokenNames(self._tokenizer, self._config.return_tokens_as_token_ids if as_ids is None else as_ids)
+
+    def _echoed(self, prompt: Prompt) -> str:
+        if prompt.text is not None:
+            return prompt.text
+        return self._prompts.tokenizer("echo").decode(prompt.token_ids, skip_special_tokens=False)
+
+    async def _tokenize(self, http: Request, body: Any) -> Response:
+        request = parse(TokenizeRequest, body)
+        self.check_model(request.model)
+        chat = request.prompt is None
+        text = await self._prompts.chat_text(request) if request.prompt is None else request.prompt
+        special = not chat if request.add_special_tokens is None else request.add_special_tokens
+        ids = await self._prompts.encode(text, special, "messages" if chat else "prompt")
+        names = self._prompts.tokenizer("prompt")
+        strings = [names.token_string(token_id) for token_id in ids] if request.return_token_strs else None
+        return JSONResponse(
+            {"count": len(ids), "max_model_len": self._engine.max_model_len, "tokens": ids, "token_strs": strings}
+        )
+
+    async def _detokenize(self, http: Request, body: Any) -> Response:
+        request = parse(DetokenizeRequest, body)
+        self.check_model(request.model)
+        size = self._engine.manifest.vocab_size
+        if request.tokens and max(request.tokens) >= size:
+            raise bad_request("tokens", f"Token id {max(request.tokens)} is out of the vocabulary of {size} tokens.")
+        return JSONResponse({"prompt": self._prompts.tokenizer("tokens").decode(request.tokens, False)})
+
+
+def _answer_id(prefix: str, http: Request, request: GenerationRequest) -> str:
+    """From the client's ``X-Request-Id``, or its ``request_id``, or at random."""
+    return f"{prefix}-{http.state.client_request_id or request.request_id or uuid.uuid4().hex}"

@@ -1,0 +1,101 @@
+"""From what a request holds (text, token ids, a conversation) to token ids that fit the model."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+from distaff.runtime.errors import ChatTemplateError
+from distaff.runtime.server.config import EngineClient, ServerConfig
+from distaff.runtime.server.errors import ApiError, bad_request
+from distaff.runtime.server.protocol import ChatPrompt, GenerationRequest
+from distaff.runtime.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """Token ids for the engine, the text that they stand for where it is known, and how many tokens may follow."""
+
+    token_ids: list[int]
+    text: str | None
+    max_tokens: int
+
+
+class PromptProcessor:
+    """Makes prompts for one engine; tokenising and templates run on worker threads, off the event loop."""
+
+    def __init__(self, engine: EngineClient, config: ServerConfig) -> None:
+        self._engine = engine
+        self._config = config
+
+    def tokenizer(self, param: str) -> Tokenizer:
+        """The model's tokenizer; 400 for the field that needs it if the artifact holds none."""
+        if not self._engine.manifest.has_tokenizer:
+            raise bad_request(param, "This model has no tokenizer: send token ids as `prompt` of /v1/completions.")
+        return self._engine.tokenizer
+
+    async def encode(self, text: str, add_special_tokens: bool, param: str = "prompt") -> list[int]:
+        """Token ids of a text."""
+        return await asyncio.to_thread(self.tokenizer(param).encode, text, add_special_tokens)
+
+    async def chat_text(self, chat: ChatPrompt) -> str:
+        """The conversation as the template renders it; 400 if the template cannot."""
+        if chat.chat_template is not None and not self._config.trust_request_chat_template:
+            raise bad_request(
+                "chat_template", "`chat_template` is only taken if the server runs with --trust-request-chat-template."
+            )
+        render = functools.partial(
+            self.tokenizer("messages").apply_chat_template,
+            chat.messages or (),
+            tools=chat.tools,
+            add_generation_prompt=chat.opens_answer,
+            continue_final_message=chat.continue_final_message,
+            chat_template=chat.chat_template or self._config.chat_template,
+            **chat.template_kwargs,
+        )
+        try:
+            return await asyncio.to_thread(render)
+        except ChatTemplateError as error:
+            raise bad_request("messages", str(error)) from None
+        except Exception as error:  # a template is a program: what it does with a client's messages is the client's
+            raise bad_request(
+                "messages", f"The chat template failed on these messages: {type(error).__name__}: {error}"
+            ) from error
+
+    def fitted(self, request: GenerationRequest, token_ids: Sequence[int], text: str | None) -> Prompt:
+        """The prompt cut to ``truncate_prompt_tokens`` and with its share of the context; 400 if it does not fit."""
+        limit = self._engine.max_model_len
+        wanted = 1 if request.prompt_only else request.requested_tokens
+        keep = request.truncate_prompt_tokens
+        if keep is not None:
+            keep = limit - (1 if wanted is None else wanted) if keep == -1 else keep
+            token_ids, text = (token_ids[-keep:], None) if 0 < keep < len(token_ids) else (token_ids, text)
+        self._check_ids(token_ids)
+        if len(token_ids) + (1 if wanted is None else wanted) > limit:
+            raise _too_long(limit, len(token_ids), wanted)
+        return Prompt(list(token_ids), text, limit - len(token_ids) if wanted is None else wanted)
+
+    def _check_ids(self, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            raise bad_request("prompt", "The prompt is empty: it must have at least one token.")
+        size = self._engine.manifest.vocab_size
+        if max(token_ids) >= size:
+            raise bad_request("prompt", f"Token id {max(token_ids)} is out of the vocabulary of {size} tokens.")
+
+
+def _too_long(limit: int, prompt_tokens: int, wanted: int | None) -> ApiError:
+    """In vLLM's words, which clients look for to shorten their prompt and try again."""
+    if wanted is None or prompt_tokens >= limit:
+        message = (
+            f"This model's maximum context length is {limit} tokens. However, your request has {prompt_tokens} input "
+            "tokens. Please reduce the length of the input messages."
+        )
+    else:
+        message = (
+            f"This model's maximum context length is {limit} tokens. However, you requested {wanted} output tokens and "
+            f"your prompt contains {prompt_tokens} input tokens, for a total of {prompt_tokens + wanted} tokens. "
+            "Please reduce the length of the input prompt or the number of requested output tokens."
+        )
+    return bad_request("input_tokens", message, "context_length_exceeded")
