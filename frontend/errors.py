@@ -56,7 +56,7 @@ class InvalidScopeError(FlaxError):
     def __init__(self, scope_name: str | None) -> None:
         super().__init__(
             f"The scope {scope_name or '/'!r} is no longer valid: it was used after the call of init or apply that "
-            "created it had returned. Return arrays from that call, not modules or scopes, or use module.bind(variables)."
+            "created it had returned. Return arrays from that call, not modules or scopes; or use module.bind."
         )
 
 
@@ -157,9 +157,9 @@ class NameInUseError(FlaxError):
 
     def __init__(self, key_type: str, value: str, module_name: str) -> None:
         super().__init__(
-            f'Could not create {key_type} "{value}" in module {module_name}: the name is already in use there. Names of '
-            "submodules, parameters and variables of one module must differ; to use a submodule twice, create it once "
-            "and call it twice."
+            f'Could not create {key_type} "{value}" in module {module_name}: the name is already in use there. Names '
+            "of submodules, parameters and variables of one module must differ; to use a submodule twice, create it "
+            "once and call it twice."
             + _wrong_right(
                 "x = nn.Dense(4, name='layer')(x)\nx = nn.Dense(4, name='layer')(x)",
                 "x = nn.Dense(4, name='layer_0')(x)\nx = nn.Dense(4, name='layer_1')(x)",

@@ -90,7 +90,7 @@ class FrozenDict(Mapping[K, V]):
 
     def unfreeze(self) -> dict[K, Any]:
         """A plain dict of plain dicts with the same leaves."""
-        return unfreeze(self)
+        return unfreeze(self)  # type: ignore[no-any-return]
 
     def pretty_repr(self, num_spaces: int = 4) -> str:
         """The contents, one entry a line."""

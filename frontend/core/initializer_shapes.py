@@ -1,8 +1,8 @@
 """The shapes that an initialiser would make, found without running it.
 
 ``Scope.param`` checks every given parameter against its initialiser at every trace. Tracing the initialiser for that
-(``jax.eval_shape``) costs more than the rest of a layer, so it is done only for initialisers that are not known, and the
-answer is kept for as long as the initialiser lives.
+(``jax.eval_shape``) costs more than the rest of a layer, so it is done only for initialisers that are not known, and
+the answer is kept for as long as the initialiser lives.
 """
 
 from __future__ import annotations

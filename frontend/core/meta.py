@@ -1,7 +1,7 @@
 """Boxes that carry metadata with a variable, and the one that names the mesh axes of its dimensions.
 
-A variable may be stored in an ``AxisMetadata`` box. Modules read it unboxed; transforms that stack variables along a new
-axis (``vmap``, ``scan``) tell the box, so that the names stay in step with the dimensions.
+A variable may be stored in an ``AxisMetadata`` box. Modules read it unboxed; transforms that stack variables along a
+new axis (``vmap``, ``scan``) tell the box, so that the names stay in step with the dimensions.
 """
 
 from __future__ import annotations

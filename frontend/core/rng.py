@@ -1,8 +1,8 @@
 """Random keys by path: a key, and the names and counts that are folded into it when a number is drawn.
 
-A stream (``params``, ``dropout``, …) starts at the key that the user gave. Each submodule appends its name and each draw
-its number; ``as_jax_rng`` folds the whole path in at once, as the first four bytes of its SHA-1 hash. The values are
-those that Flax gives for the same key and path, so parameters initialise equal.
+A stream (``params``, ``dropout``, …) starts at the key that the user gave. Each submodule appends its name and each
+draw its number; ``as_jax_rng`` folds the whole path in at once, as the first four bytes of its SHA-1 hash. The values
+are those that Flax gives for the same key and path, so parameters initialise equal.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from distaff.frontend import struct
@@ -79,7 +80,7 @@ def is_valid_rng(rng: Any) -> bool:
         return True
     if not isinstance(rng, np.ndarray | jax.Array):
         return False
-    if jax.dtypes.issubdtype(rng.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
         return rng.shape == ()
     raw = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     return (rng.shape, rng.dtype) == (raw.shape, raw.dtype)

@@ -21,7 +21,7 @@ from distaff.frontend.core import meta
 from distaff.frontend.core.filters import CollectionFilter, in_filter
 from distaff.frontend.core.frozen_dict import FrozenDict, unfreeze
 from distaff.frontend.core.initializer_shapes import initializer_shapes
-from distaff.frontend.core.rng import KeyCounters, LazyRng, PRNGKey, is_valid_rng, is_valid_rngs
+from distaff.frontend.core.rng import KeyCounters, LazyRng, PRNGKey, is_valid_rngs
 
 T = TypeVar("T")
 
@@ -73,9 +73,9 @@ class Scope:
         flags: internal marks, such as ``initializing``.
     """
 
-    __slots__ = (
-        "_invalid", "_variables", "adopted", "debug_path", "flags", "key_counters", "mutable", "name", "parent", "path",
-        "reservations", "rngs", "root", "__weakref__",
+    __slots__ = (  # noqa: RUF023 (in the order of __init__)
+        "_variables", "rngs", "name", "mutable", "parent", "path", "debug_path", "flags", "root", "key_counters",
+        "reservations", "adopted", "_invalid", "__weakref__",
     )  # fmt: skip
 
     def __init__(
@@ -252,18 +252,17 @@ class Scope:
             if self.parent is None:
                 return _EMPTY
             of_parent = self.parent._collection(col)
-            if self.name not in of_parent:
+            name = self.path[-1]
+            if name not in of_parent:
                 return _EMPTY
-            self._variables[col] = of_parent[self.name]
+            self._variables[col] = of_parent[name]
         return self._variables[col]  # type: ignore[no-any-return]
 
     def _mutable_collection(self, col: str) -> dict[str, Any]:
         """This place's part of a collection, for writing; made on the way down from the root if there is none."""
         if col not in self._variables:
-            if self.parent is None:
-                self._variables[col] = {}
-            else:
-                self._variables[col] = self.parent._mutable_collection(col).setdefault(self.name, {})
+            below = {} if self.parent is None else self.parent._mutable_collection(col).setdefault(self.path[-1], {})
+            self._variables[col] = below
         return self._variables[col]  # type: ignore[no-any-return]
 
     def has_variable(self, col: str, name: str) -> bool:

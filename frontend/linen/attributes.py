@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any
 
-from jax.sharding import PartitionSpec
-
 from distaff.frontend.core.frozen_dict import FrozenDict
 from distaff.frontend.linen.module_base import ModuleBase
 
@@ -19,8 +17,8 @@ PLAIN_TYPES = frozenset({int, float, bool, str, complex, NoneType, FunctionType,
 def map_modules(fn: Callable[[str, Any], Any], value: Any, suffix: str = "") -> Any:
     """Replace every module in ``value`` by ``fn(suffix, module)``, with lists as tuples and dicts as ``FrozenDict``.
 
-    ``suffix`` is what the place adds to the attribute's name: ``_0`` in a list, ``_key`` in a dict, ``_0_key`` in a list
-    of dicts.
+    ``suffix`` is what the place adds to the attribute's name: ``_0`` in a list, ``_key`` in a dict, ``_0_key`` in a
+    list of dicts.
     """
     if type(value) in PLAIN_TYPES:
         return value

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,9 +47,9 @@ def nowrap(fun: F) -> F:
     return fun
 
 
-def make_dataclass(cls: type[Any], kw_only: bool) -> None:
+def make_dataclass(cls: Any, kw_only: bool) -> None:
     """Make a module class a dataclass in place, with the keyword-only fields ``parent`` and ``name``."""
-    annotations = cls.__dict__.get("__annotations__", {})
+    annotations = inspect.get_annotations(cls)
     if "parent" in annotations or annotations.get("name", str) not in _NAME_TYPES:
         raise errors.ReservedModuleAttributeError(annotations)
     if "name" in annotations:
@@ -73,8 +74,8 @@ def _hash_of_unbound(hash_fn: Callable[[Any], int]) -> Callable[[Any], int]:
             return hash_fn(self)
         except TypeError as error:
             raise TypeError(
-                "Failed to hash a module: it has an attribute that cannot be hashed. Use tuples for lists and FrozenDict "
-                f"for dicts. The module: {self}"
+                "Failed to hash a module: it has an attribute that cannot be hashed. Use tuples for lists and "
+                f"FrozenDict for dicts. The module: {self}"
             ) from error
 
     hash_module.of_unbound = True  # type: ignore[attr-defined]

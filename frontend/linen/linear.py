@@ -13,9 +13,9 @@ from jax import lax
 from distaff.frontend.core import meta
 from distaff.frontend.core.initializer_shapes import makes_requested_shape
 from distaff.frontend.linen import initializers
+from distaff.frontend.linen.class_transform import compact
 from distaff.frontend.linen.dtypes import Array, Dtype, promote_dtype
 from distaff.frontend.linen.module import Module, merge_param
-from distaff.frontend.linen.class_transform import compact
 
 Initializer: TypeAlias = Callable[..., Any]
 # lax.Precision, its name, a pair of either, or None for the default.
@@ -73,7 +73,7 @@ class Dense(Module):
         y = dot_general(inputs, kernel, (((inputs.ndim - 1,), (0,)), ((), ())), precision=self.precision)
         if bias is not None:
             y += jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
-        return y  # type: ignore[no-any-return]
+        return y
 
 
 class DenseGeneral(Module):
@@ -130,7 +130,7 @@ class DenseGeneral(Module):
         if bias is not None:
             others = (1,) * (inputs.ndim - len(axis) - len(batch_dims))
             out += jnp.reshape(bias, (*batch_shape, *others, *features))
-        return out  # type: ignore[no-any-return]
+        return out
 
 
 def _flattened(init_fn: Initializer, flat_shape: tuple[int, ...]) -> Initializer:

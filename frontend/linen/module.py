@@ -1,8 +1,8 @@
 """``Module``: configuration as a dataclass, submodules and variables by name, pure ``init`` and ``apply``.
 
-A module is its configuration until it is *bound* to a scope, by ``init``, ``apply`` or ``bind`` for the root module, and
-by its parent for a submodule. Modules given as fields belong to nobody: a parent takes clones of them, and keeps one
-clone for one original, so that sharing by reference is sharing of parameters.
+A module is its configuration until it is *bound* to a scope, by ``init``, ``apply`` or ``bind`` for the root module,
+and by its parent for a submodule. Modules given as fields belong to nobody: a parent takes clones of them, and keeps
+one clone for one original, so that sharing by reference is sharing of parameters.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from distaff.frontend import errors
 from distaff.frontend.core import scope as core_scope
@@ -72,7 +72,7 @@ class Module(ModuleBase):
     if TYPE_CHECKING:
         parent: Any = dataclasses.field(default=None, kw_only=True)
         name: str | None = dataclasses.field(default=None, kw_only=True)
-    _config_fields = ()
+    _config_fields: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, kw_only: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -190,7 +190,7 @@ class Module(ModuleBase):
         descriptor = inspect.getattr_static(type(self), name, None)
         if hasattr(type(descriptor), "__get__"):
             try:
-                descriptor.__get__(self, type(self))  # type: ignore[union-attr]
+                descriptor.__get__(self, type(self))
             except AttributeError as error:
                 raise errors.DescriptorAttributeError(name, type(self).__name__) from error
 
@@ -222,8 +222,8 @@ class Module(ModuleBase):
     ) -> Self:
         """A module with the same configuration, updated by ``updates``, that belongs to ``parent``.
 
-        With ``_deep_clone`` submodules in fields are cloned too (shared ones once), and with ``_reset_names`` lose their
-        names.
+        With ``_deep_clone`` submodules in fields are cloned too (shared ones once), and with ``_reset_names`` lose
+        their names.
         """
         attributes: dict[str, Any] = {name: getattr(self, name) for name in self._config_fields}
         attributes.update(name=self.name, parent=parent)
@@ -344,7 +344,7 @@ class Module(ModuleBase):
     def _resolve_method(self, method: Callable[..., Any] | str | None) -> Callable[..., Any]:
         """The function of a bound module that ``method`` stands for."""
         if method is None:
-            return type(self).__call__ if callable(self) else self.__getattr__("__call__")  # type: ignore[no-any-return]
+            return type(self).__call__ if callable(self) else self.__getattr__("__call__")
         if isinstance(method, str):
             attribute = getattr(self, method)
             if not callable(attribute):

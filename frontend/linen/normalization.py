@@ -40,27 +40,33 @@ def _abs_sq(x: Array) -> Array:
     return lax.square(lax.real(x)) + lax.square(lax.imag(x)) if jnp.iscomplexobj(x) else lax.square(x)
 
 
-def _statistics(
-    layer: Any, x: Array, axes: tuple[int, ...], mask: Array | None, axis_name: str | None, centred: bool = True
-) -> tuple[Array | None, Array]:
-    """Mean and variance over ``axes`` (removed from the result); None and the mean square unless ``centred``."""
+def _for_statistics(layer: Any, x: Array) -> Array:
+    """``x`` in the dtype that statistics are computed in."""
     dtype = jnp.result_type(x) if layer.dtype is None else layer.dtype
-    x = jnp.asarray(x, jnp.promote_types(dtype, jnp.float32) if layer.force_float32_reductions else dtype)
+    return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32) if layer.force_float32_reductions else dtype)
+
+
+def _means(
+    layer: Any, values: Sequence[Array], axes: tuple[int, ...], mask: Array | None, axis_name: str | None
+) -> list[Array]:
+    """The mean of each array over ``axes``, which are removed, and over the mapped axis ``axis_name``."""
     where = None if mask is None else jnp.asarray(mask, bool)
+    local = [jnp.mean(value, axes, where=where) for value in values]
+    if axis_name is None:
+        return local
+    return list(lax.pmean(jnp.stack(local), axis_name, axis_index_groups=layer.axis_index_groups))
 
-    def means(*values: Array) -> Sequence[Array]:
-        local = [jnp.mean(value, axes, where=where) for value in values]
-        if axis_name is None:
-            return local
-        return list(lax.pmean(jnp.stack(local), axis_name, axis_index_groups=layer.axis_index_groups))
 
-    if not centred:
-        return None, means(_abs_sq(x))[0]
+def _mean_and_variance(
+    layer: Any, x: Array, axes: tuple[int, ...], mask: Array | None, axis_name: str | None
+) -> tuple[Array, Array]:
+    x = _for_statistics(layer, x)
     if layer.use_fast_variance:
-        mean, mean_square = means(x, _abs_sq(x))
+        mean, mean_square = _means(layer, [x, _abs_sq(x)], axes, mask, axis_name)
         return mean, jnp.maximum(0.0, mean_square - _abs_sq(mean))
-    (mean,) = means(x)
-    return mean, means(_abs_sq(x - jnp.expand_dims(mean, axes)))[0]
+    (mean,) = _means(layer, [x], axes, mask, axis_name)
+    (var,) = _means(layer, [_abs_sq(x - jnp.expand_dims(mean, axes))], axes, mask, axis_name)
+    return mean, var
 
 
 def _normalize(
@@ -114,7 +120,7 @@ class LayerNorm(Module):
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
         """Normalise ``x``."""
         axes = _axes(self.reduction_axes, x.ndim)
-        mean, var = _statistics(self, x, axes, mask, self.axis_name)
+        mean, var = _mean_and_variance(self, x, axes, mask, self.axis_name)
         return _normalize(self, x, mean, var, axes, _axes(self.feature_axes, x.ndim), self.use_bias)
 
 
@@ -140,7 +146,7 @@ class RMSNorm(Module):
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
         """Normalise ``x``."""
         axes = _axes(self.reduction_axes, x.ndim)
-        _, mean_square = _statistics(self, x, axes, mask, self.axis_name, centred=False)
+        (mean_square,) = _means(self, [_abs_sq(_for_mean_and_variance(self, x))], axes, mask, self.axis_name)
         return _normalize(self, x, None, mean_square, axes, _axes(self.feature_axes, x.ndim), use_bias=False)
 
 
@@ -181,8 +187,8 @@ class GroupNorm(Module):
         if mask is not None:
             mask = jnp.broadcast_to(mask, x.shape).reshape(*x.shape[:-1], groups, group_size)
         grouped = x.reshape(*x.shape[:-1], groups, group_size)
-        mean, var = _statistics(self, grouped, (*axes[:-1], last + 1), mask, self.axis_name)
-        mean, var = (jnp.repeat(jnp.asarray(value), group_size, axis=-1) for value in (mean, var))
+        mean, var = _mean_and_variance(self, grouped, (*axes[:-1], last + 1), mask, self.axis_name)
+        mean, var = (jnp.repeat(value, group_size, axis=-1) for value in (mean, var))
         return _normalize(self, x, mean, var, axes[:-1], (last,), self.use_bias)
 
     def _number_of_groups(self, channels: int) -> int:
@@ -235,15 +241,14 @@ class BatchNorm(Module):
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
-        mean: Array | None
         if use_running_average:
             mean, var = running_mean.value, running_var.value
             if not self.force_float32_reductions:
                 mean, var = jnp.asarray(mean, self.param_dtype), jnp.asarray(var, self.param_dtype)
         else:
             axis_name = None if self.is_initializing() else self.axis_name  # init runs outside the vmap
-            mean, var = _statistics(self, x, reduction_axes, mask, axis_name)
+            mean, var = _mean_and_variance(self, x, reduction_axes, mask, axis_name)
             if not self.is_initializing():
-                running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
-                running_var.value = self.momentum * running_var.value + (1 - self.momentum) * var
+                for running, batch in (running_mean, mean), (running_var, var):
+                    running.value = self.momentum * running.value + (1 - self.momentum) * batch
         return _normalize(self, x, mean, var, reduction_axes, feature_axes, self.use_bias)

@@ -30,7 +30,7 @@ class Dropout(Module):
 
     @compact
     def __call__(self, inputs: Array, deterministic: bool | None = None, rng: jax.Array | None = None) -> Array:
-        """Drop out inputs; draws from ``rng`` if given, otherwise from the stream (InvalidRngError if there is none)."""
+        """Drop out inputs; draws from ``rng``, or by default from the stream (InvalidRngError if there is none)."""
         deterministic = merge_param("deterministic", self.deterministic, deterministic)
         if deterministic or self.rate == 0.0:
             return inputs
