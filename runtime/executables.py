@@ -42,12 +42,17 @@ class Lowerable(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ExecutableRecord:
-    """How one executable was come by: compiled or loaded, how long that took and how large it is."""
+    """How one executable was come by: compiled or loaded, how long that took and how large it is.
+
+    ``scratch_bytes`` is what a run allocates besides arguments and results; as much as the KV pool would mean that the
+    pool is copied in place of updated.
+    """
 
     name: str
     compiled: bool
     seconds: float
     bytes: int
+    scratch_bytes: int
 
 
 class ExecutableCache:
@@ -85,7 +90,8 @@ class ExecutableCache:
         else:
             executable = (lowered or jitted.lower(*arguments)).compile()
             size = self._store(path, key, executable)
-        record = ExecutableRecord(name, loaded is None, time.perf_counter() - began, size)
+        scratch = getattr(executable.memory_analysis(), "temp_size_in_bytes", 0)
+        record = ExecutableRecord(name, loaded is None, time.perf_counter() - began, size, scratch)
         with self._lock:
             self.records.append(record)
         return executable

@@ -44,7 +44,9 @@ _POSITIVE = click.IntRange(min=1)
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the artifact; needed unless --check.")
 @click.option("--name", help="The model's name in the server's answers.  [default: that of MODEL]")
-@click.option("--dtype", default="float32", show_default=True, help="dtype of the weights.")
+@click.option(
+    "--dtype", default="auto", show_default=True, help="float32, bfloat16 or float16 weights; auto: by device."
+)
 @click.option("--max-model-len", type=_POSITIVE, help="Longest request, prompt and output.  [default: up to 8192]")
 @click.option("--max-batch", type=_POSITIVE, default=64, show_default=True, help="Most requests in one step.")
 @click.option("--max-step-tokens", type=_POSITIVE, default=512, show_default=True, help="Most tokens in one step.")
@@ -73,7 +75,7 @@ def main(
     from rich.console import Console
 
     from distaff.compiler.lowering.build import check_output
-    from distaff.tools.compile_on_demand import CompileOptions
+    from distaff.tools.compile_on_demand import CompileOptions, load
 
     console = Console()
     wanted = CompileOptions(**options)
@@ -81,21 +83,11 @@ def main(
         wanted.batch_shapes()
         if output is not None:
             check_output(output, force=force)
-        loaded = _load(console, model, wanted)
+        loaded = load(model, wanted)
         if output is None or check:
             _check(console, loaded, wanted, dump_ir)
         else:
             _compile(console, loaded, output, wanted, name=name, dump_ir=dump_ir, explain=explain, force=force)
-
-
-def _load(console: Console, model: str, options: CompileOptions) -> LoadedModel:
-    from distaff.frontend.loading import load_model
-
-    began = time.perf_counter()
-    with console.status(f"loading {model}"):
-        loaded = load_model(model, dtype=options.dtype)
-    console.print(f"loaded {loaded.name} ({loaded.architecture}) in {time.perf_counter() - began:.1f} s")
-    return loaded
 
 
 def _check(console: Console, loaded: LoadedModel, options: CompileOptions, dump_ir: Path | None) -> None:
@@ -157,7 +149,12 @@ def _build_executables(output: Path, manifest: Manifest) -> list[dict[str, Any]]
     runner.close()
     traced = {row["name"]: row for row in manifest.report["lowering"]["programs"]}
     rows = [
-        {**traced[record.name], "compile_seconds": record.seconds, "executable_bytes": record.bytes}
+        {
+            **traced[record.name],
+            "compile_seconds": record.seconds,
+            "executable_bytes": record.bytes,
+            "scratch_bytes": record.scratch_bytes,
+        }
         for record in runner.executables.records
         if record.compiled
     ]
@@ -173,6 +170,7 @@ def _exit_codes() -> Iterator[None]:
     from distaff.compiler.errors import CompileError, ModelRefusedError
     from distaff.compiler.lowering.build import OutputExistsError
     from distaff.frontend.loading import CheckpointError
+    from distaff.frontend.models import ConfigError
     from distaff.runtime.platforms import MemoryTooSmallError
 
     try:
@@ -181,7 +179,7 @@ def _exit_codes() -> Iterator[None]:
         _fail(error, USAGE)
     except ModelRefusedError as error:
         _fail(error, REFUSED)
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         _fail(error, CHECKPOINT)
     except (CompileError, ArtifactError, MemoryTooSmallError, OSError) as error:
         _fail(error, OTHER)

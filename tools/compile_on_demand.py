@@ -39,11 +39,11 @@ DEFAULT_MAX_MODEL_LEN = 8192
 class CompileOptions:
     """How to compile a checkpoint; the defaults are those of `distaff.compiler.compile.compile_model`.
 
-    ``max_model_len`` None is the model's own limit up to `DEFAULT_MAX_MODEL_LEN`; ``buckets`` is text in the form of
-    `distaff.compiler.buckets.parse_buckets`.
+    ``dtype`` "auto" is float32 on a CPU and bfloat16 elsewhere; ``max_model_len`` None is the model's own limit up to
+    `DEFAULT_MAX_MODEL_LEN`; ``buckets`` is text in the form of `distaff.compiler.buckets.parse_buckets`.
     """
 
-    dtype: str = "float32"
+    dtype: str = "auto"
     max_model_len: int | None = None
     latent_cache: bool = False
     max_batch: int = 64
@@ -61,6 +61,13 @@ class CompileOptions:
     def model_len(self, loaded: LoadedModel) -> int:
         """The longest request to compile ``loaded`` for."""
         return self.max_model_len or min(loaded.max_model_len, DEFAULT_MAX_MODEL_LEN)
+
+
+def load(model: str, options: CompileOptions) -> LoadedModel:
+    """Loads a checkpoint as ``options`` want it, with a progress bar; raises what `load_model` raises."""
+    from distaff.frontend.loading import load_model
+
+    return load_model(model, dtype=options.dtype, max_model_len=options.max_model_len)
 
 
 def compile_loaded(
@@ -111,9 +118,7 @@ def artifact_for(model: str, *, cache: Path | None = None, progress: Progress | 
         artifact.parent.mkdir(parents=True, exist_ok=True)
         with _locked(artifact.with_name(f"{artifact.name}.lock")):
             if not (artifact / MANIFEST).is_file():  # unless another process made it while this one waited
-                from distaff.frontend.loading import load_model
-
-                compile_loaded(load_model(model, dtype=wanted.dtype), artifact, wanted, progress=progress)
+                compile_loaded(load(model, wanted), artifact, wanted, progress=progress)
     return artifact
 
 

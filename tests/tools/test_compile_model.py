@@ -1,0 +1,195 @@
+import dataclasses
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import distaff.frontend.loading as loading
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from distaff.compiler.artifact import Manifest
+from distaff.runtime.model_runner import ModelRunner
+from distaff.tools import compile_model, compile_on_demand
+from distaff.tools.compile_on_demand import artifact_for
+from tiny_step import one_request
+
+VOCAB, WIDTH, HEADS = 64, 32, 4
+SMALL = ["--max-model-len", "48", "--buckets", "decode=2 mixed=8x2", "--page-size", "4"]
+
+
+def parameters(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {name: (WIDTH, WIDTH) for name in "qkvo"} | {"embedding": (VOCAB, WIDTH)}
+    return {name: (rng.normal(size=shape) * 0.3).astype(np.float32) for name, shape in shapes.items()}
+
+
+def forward(params, tokens, causal=True):
+    length = tokens.shape[1]
+    x = params["embedding"][tokens]
+    q, k, v = ((x @ params[name]).reshape(1, length, HEADS, WIDTH // HEADS) for name in "qkv")
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (WIDTH // HEADS) ** -0.5
+    if causal:
+        scores = jnp.where(jnp.tril(jnp.ones((length, length), bool)), scores, -1e30)
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), v)
+    return (x + mixed.reshape(1, length, WIDTH) @ params["o"]) @ params["embedding"].T
+
+
+class Tokenizer:
+    def save(self, folder: Path) -> None:
+        (Path(folder) / "tokenizer.json").write_text("{}")
+
+
+def loaded(**changes):
+    values = dict(
+        name="toy",
+        architecture="toy-decoder",
+        params=parameters(),
+        apply=forward,
+        eos_token_ids=(2,),
+        bos_token_id=1,
+        max_model_len=99,
+        tokenizer=Tokenizer(),
+        fingerprint="abc",
+    )
+    return SimpleNamespace(**{**values, **changes})
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Puts a toy model in the place of checkpoints; the list tells what was loaded."""
+    calls = []
+
+    def load_model(model, **options):
+        calls.append((model, options))
+        if model == "broken":
+            raise loading.CheckpointError("broken/model.safetensors lacks the tensor 'embedding'")
+        if model == "bidirectional":
+            return loaded(apply=lambda params, tokens: forward(params, tokens, causal=False))
+        return loaded()
+
+    monkeypatch.setattr(loading, "load_model", load_model)
+    return calls
+
+
+def run(*arguments):
+    return CliRunner().invoke(compile_model.main, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def test_compiles_an_artifact_that_serves_the_model(tmp_path, loads):
+    result = run("toy", "-o", tmp_path / "a", "--explain", "--dump-ir", tmp_path / "ir", *SMALL)
+    assert result.exit_code == 0, result.output
+    for shown in ("decode-2", "mixed-8x2", "attentions", "validation", f"serve-model {tmp_path / 'a'}"):
+        assert shown in result.output.replace("\n", "") or shown in result.output
+    assert any((tmp_path / "ir").iterdir())
+    assert loads == [("toy", {"dtype": "auto", "max_model_len": 48})]
+
+    manifest = Manifest.load(tmp_path / "a")
+    assert (manifest.model, manifest.max_model_len, manifest.eos_token_ids) == ("toy", 48, (2,))
+    runner = ModelRunner(tmp_path / "a", manifest, forbid_compiles=True)
+    tokens = np.array([5, 9, 33, 2, 60])
+    program = runner.bucket(len(tokens), 1, 1)
+    logits = runner.execute(program, one_request(manifest, program, tokens, 0, [3, 1]))
+    np.testing.assert_allclose(logits[0], forward(parameters(), tokens[None])[0, -1], atol=1e-5)
+    runner.close()
+
+
+def test_check_writes_nothing(tmp_path, loads, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("toy", "--check", *SMALL)
+    assert result.exit_code == 0
+    assert "toy can be served" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--check"], ["-o", "a"]])
+def test_a_refused_model_ends_with_3_and_the_users_line(tmp_path, loads, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    result = run("bidirectional", *arguments, *SMALL)
+    assert result.exit_code == 3
+    assert "not causal" in result.stderr
+    assert "test_compile_model.py" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_checkpoint_ends_with_4(tmp_path, loads):
+    result = run("broken", "-o", tmp_path / "a")
+    assert result.exit_code == 4
+    assert result.stderr == "error: broken/model.safetensors lacks the tensor 'embedding'\n"
+
+
+def test_wrong_usage_ends_with_2_before_anything_is_loaded(tmp_path, loads):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    for arguments, message in (
+        (["toy"], "give the artifact's folder with -o"),
+        (["toy", "-o", tmp_path / "a", "--buckets", "mixed=8"], "tokens x requests"),
+        (["toy", "-o", tmp_path / "a", "--max-batch", "64", "--max-step-tokens", "8"], "raise max_step_tokens"),
+        (["toy", "-o", tmp_path / "a", "--num-pages", "1"], "num-pages"),
+        (["toy", "-o", tmp_path / "full"], "not an artifact"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert message in result.stderr
+    assert loads == []
+
+
+OPTIONS = {"max_model_len": 48, "buckets": "mixed=8x2", "page_size": 4}
+
+
+def test_on_demand_compiles_once_per_set_of_options(tmp_path, loads):
+    first = artifact_for("toy", cache=tmp_path, **OPTIONS)
+    assert Manifest.load(first).fingerprint == "abc"
+    assert artifact_for("toy", cache=tmp_path, **OPTIONS) == first
+    assert len(loads) == 1
+    other = artifact_for("toy", cache=tmp_path, **{**OPTIONS, "page_size": 8})
+    assert other != first
+    assert len(loads) == 2
+    assert artifact_for(str(first), cache=tmp_path) == first
+
+
+def test_on_demand_sees_a_changed_checkpoint(tmp_path):
+    options = compile_on_demand.CompileOptions()
+    checkpoint = tmp_path / "org" / "my model"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(b"one")
+    before = compile_on_demand._key(str(checkpoint), options)
+    assert compile_on_demand._key(str(checkpoint), options) == before
+    (checkpoint / "model.safetensors").write_bytes(b"other")
+    assert compile_on_demand._key(str(checkpoint), options) != before
+
+
+def test_on_demand_leaves_nothing_of_a_failure(tmp_path, loads):
+    with pytest.raises(loading.CheckpointError):
+        artifact_for("broken", cache=tmp_path)
+    assert [file.suffix for file in (tmp_path / "artifacts").iterdir()] == [".lock"]
+
+
+def test_cache_folder_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("DISTAFF_CACHE", "/somewhere")
+    assert compile_on_demand.default_cache() == Path("/somewhere")
+    monkeypatch.delenv("DISTAFF_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert compile_on_demand.default_cache() == Path("/xdg/distaff")
+
+
+def _hold(file: str, seconds: float) -> None:
+    with compile_on_demand._locked(Path(file)):
+        Path(file).with_suffix(".held").touch()
+        time.sleep(seconds)
+
+
+def test_the_lock_waits_for_another_process(tmp_path, caplog):
+    lock = tmp_path / "x.lock"
+    other = multiprocessing.get_context("spawn").Process(target=_hold, args=(str(lock), 0.5))
+    other.start()
+    while not lock.with_suffix(".held").exists():
+        time.sleep(0.01)
+    with compile_on_demand._locked(lock):
+        waited = "waiting for it" in caplog.text
+    other.join()
+    assert waited
