@@ -45,6 +45,9 @@ from distaff.frontend.linen.context import disable_named_call as disable_named_c
 from distaff.frontend.linen.context import enable_named_call as enable_named_call
 from distaff.frontend.linen.context import intercept_methods as intercept_methods
 from distaff.frontend.linen.context import override_named_call as override_named_call
+from distaff.frontend.linen.functional import apply as apply
+from distaff.frontend.linen.functional import init as init
+from distaff.frontend.linen.functional import init_with_output as init_with_output
 from distaff.frontend.linen.initializers import ones as ones
 from distaff.frontend.linen.initializers import ones_init as ones_init
 from distaff.frontend.linen.initializers import zeros as zeros
@@ -54,9 +57,6 @@ from distaff.frontend.linen.linear import DenseGeneral as DenseGeneral
 from distaff.frontend.linen.linear import Einsum as Einsum
 from distaff.frontend.linen.linear import Embed as Embed
 from distaff.frontend.linen.module import Module as Module
-from distaff.frontend.linen.module import apply as apply
-from distaff.frontend.linen.module import init as init
-from distaff.frontend.linen.module import init_with_output as init_with_output
 from distaff.frontend.linen.module import merge_param as merge_param
 from distaff.frontend.linen.module import share_scope as share_scope
 from distaff.frontend.linen.normalization import BatchNorm as BatchNorm

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from distaff.frontend import errors
 from distaff.frontend.core import scope as core_scope
-from distaff.frontend.core.filters import CollectionFilter, DenyList, union_filters
+from distaff.frontend.core.filters import CollectionFilter
 from distaff.frontend.core.rng import LazyRng, PRNGKey, is_valid_rng
 from distaff.frontend.core.scope import Scope
 from distaff.frontend.linen import class_transform
 from distaff.frontend.linen.attributes import PLAIN_TYPES, attribute_text, map_modules
 from distaff.frontend.linen.context import CaptureFilter, context
+from distaff.frontend.linen.functional import ALL_BUT_INTERMEDIATES, apply, init_with_output
 from distaff.frontend.linen.module_base import ModuleBase, ModuleState
 
 T = TypeVar("T")
 
 _ids = itertools.count()
-_ALL_BUT_INTERMEDIATES = DenyList("intermediates")
 
 
 class _Unspecified(enum.Enum):
@@ -306,7 +306,7 @@ class Module(ModuleBase):
         rngs: PRNGKey | Mapping[str, PRNGKey | LazyRng],
         *args: Any,
         method: Callable[..., Any] | str | None = None,
-        mutable: CollectionFilter = _ALL_BUT_INTERMEDIATES,
+        mutable: CollectionFilter = ALL_BUT_INTERMEDIATES,
         capture_intermediates: bool | CaptureFilter = False,
         **kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
@@ -321,7 +321,7 @@ class Module(ModuleBase):
         rngs: PRNGKey | Mapping[str, PRNGKey | LazyRng],
         *args: Any,
         method: Callable[..., Any] | str | None = None,
-        mutable: CollectionFilter = _ALL_BUT_INTERMEDIATES,
+        mutable: CollectionFilter = ALL_BUT_INTERMEDIATES,
         capture_intermediates: bool | CaptureFilter = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -383,64 +383,6 @@ def _check_module(module: Any) -> None:
         raise errors.InvalidInstanceModuleError()
     if "_state" not in module.__dict__:
         raise errors.IncorrectPostInitOverrideError()
-
-
-def _capture_calls(module: Module, method_name: str) -> bool:
-    return method_name == "__call__"
-
-
-def _scope_function(
-    fn: Callable[..., Any], module: Module, capture_intermediates: bool | CaptureFilter
-) -> Callable[..., Any]:
-    """``fn`` as a function of a scope, to which a clone of the module is bound."""
-    capture = _capture_calls if capture_intermediates is True else capture_intermediates or None
-
-    def run(scope: Scope, *args: Any, **kwargs: Any) -> Any:
-        context.capture_stack.append(capture)
-        try:
-            return fn(module.clone(parent=scope, _deep_clone=True), *args, **kwargs)
-        finally:
-            context.capture_stack.pop()
-
-    return run
-
-
-def apply(
-    fn: Callable[..., Any],
-    module: Module,
-    mutable: CollectionFilter = False,
-    capture_intermediates: bool | CaptureFilter = False,
-) -> Callable[..., Any]:
-    """The pure function ``(variables, *args, rngs=None, **kwargs)`` that runs ``fn`` on the module with the variables.
-
-    Arguments and result are as for ``Module.apply``.
-    """
-    if capture_intermediates:
-        mutable = union_filters(mutable, "intermediates")
-    return core_scope.apply(_scope_function(fn, module, capture_intermediates), mutable=mutable)
-
-
-def init_with_output(
-    fn: Callable[..., Any],
-    module: Module,
-    mutable: CollectionFilter = _ALL_BUT_INTERMEDIATES,
-    capture_intermediates: bool | CaptureFilter = False,
-) -> Callable[..., Any]:
-    """The pure function ``(rngs, *args, **kwargs) -> (output, variables)`` of ``fn`` on the module."""
-    if capture_intermediates:
-        mutable = union_filters(mutable, "intermediates")
-    return core_scope.init(_scope_function(fn, module, capture_intermediates), mutable=mutable)
-
-
-def init(
-    fn: Callable[..., Any],
-    module: Module,
-    mutable: CollectionFilter = _ALL_BUT_INTERMEDIATES,
-    capture_intermediates: bool | CaptureFilter = False,
-) -> Callable[..., Any]:
-    """The pure function ``(rngs, *args, **kwargs) -> variables`` of ``fn`` on the module."""
-    run = init_with_output(fn, module, mutable, capture_intermediates)
-    return lambda *args, **kwargs: run(*args, **kwargs)[1]
 
 
 def merge_param(name: str, a: T | None, b: T | None) -> T:

@@ -146,7 +146,7 @@ class RMSNorm(Module):
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
         """Normalise ``x``."""
         axes = _axes(self.reduction_axes, x.ndim)
-        (mean_square,) = _means(self, [_abs_sq(_for_mean_and_variance(self, x))], axes, mask, self.axis_name)
+        (mean_square,) = _means(self, [_abs_sq(_for_statistics(self, x))], axes, mask, self.axis_name)
         return _normalize(self, x, None, mean_square, axes, _axes(self.feature_axes, x.ndim), use_bias=False)
 
 
