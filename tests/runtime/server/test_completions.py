@@ -117,10 +117,7 @@ def test_tokens_as_token_ids(client):
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_puts_the_prompt_in_front(client, prompt, stream):
     body = {"prompt": prompt, "echo": True, "max_tokens": 3, "logprobs": 1}
-    if stream:
-        choices = [c["choices"][0] for c in client.chunks(PATH, body)]
-    else:
-        choices = client.completion(**body)["choices"]
+    choices = [c["choices"][0] for c in client.chunks(PATH, body)] if stream else client.completion(**body)["choices"]
     assert "".join(c["text"] for c in choices) == "HiHel"
     assert [t for c in choices for t in c["logprobs"]["tokens"]] == ["H", "i", "H", "e", "l"]
     assert choices[0]["logprobs"]["token_logprobs"][:2] == [None, -2.5]
