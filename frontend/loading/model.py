@@ -1,0 +1,99 @@
+"""`load_model`: the one call that turns a name, a folder or a file into a model that can be run or compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from distaff.frontend import linen as nn
+from distaff.frontend.loading.checkpoint import Checkpoint, TokenizerFiles
+from distaff.frontend.loading.convert import load_params
+from distaff.frontend.loading.gguf_file import open_gguf
+from distaff.frontend.loading.huggingface import open_folder
+from distaff.frontend.loading.source import locate
+from distaff.frontend.models import ConfigError, ModelConfig, build_model
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory: ``module.apply({"params": params}, tokens)``, or `apply`, gives its logits.
+
+    ``eos_token_ids`` end a generation; ``max_model_len`` is the longest sequence in tokens; ``tokenizer`` is None if
+    the checkpoint has none; ``fingerprint`` changes whenever the files, the config or the dtype do.
+    """
+
+    name: str
+    architecture: str
+    config: ModelConfig
+    module: nn.Module
+    params: dict[str, Any]
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    max_model_len: int
+    tokenizer: TokenizerFiles | None
+    fingerprint: str
+
+    def apply(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
+        """The plain forward pass: int32 tokens ``[B, S]`` to float32 logits ``[B, S, vocab]``."""
+        logits: jax.Array = self.module.apply({"params": params}, tokens)
+        return logits
+
+
+def load_model(
+    source: str | Path, *, dtype: str = "auto", progress: bool = True, max_model_len: int | None = None
+) -> LoadedModel:
+    """Loads a model.
+
+    ``source`` is a Hugging Face folder, a ``.gguf`` file, a name on the Hugging Face hub ("org/name"), or
+    "smollm2-135m", the demo model. Weights are kept and computed in ``dtype``: "float32", "bfloat16", "float16", or
+    "auto", which is float32 on a CPU and bfloat16 elsewhere. ``max_model_len`` lowers the model's limit.
+
+    Raises `CheckpointError` (`SourceNotFoundError`, `DownloadError`, `CheckpointFormatError`, `TensorMismatchError`,
+    …) for files, and `ConfigError` for a model that is not implemented or a limit beyond the model's own.
+    """
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    located = locate(source)
+    opener = open_gguf if located.path.is_file() else open_folder
+    checkpoint = opener(located.path, dtype)
+    limit = _max_model_len(checkpoint.config, max_model_len)
+    module = build_model(checkpoint.config)
+    with _progress(located.name, checkpoint, progress) as advance:
+        params = load_params(checkpoint, module, dtype, advance)
+    return LoadedModel(
+        name=located.name,
+        architecture=checkpoint.config.architecture,
+        config=checkpoint.config,
+        module=module,
+        params=params,
+        eos_token_ids=checkpoint.eos_token_ids,
+        bos_token_id=checkpoint.bos_token_id,
+        max_model_len=limit,
+        tokenizer=checkpoint.tokenizer,
+        fingerprint=checkpoint.fingerprint,
+    )
+
+
+def _max_model_len(config: ModelConfig, wanted: int | None) -> int:
+    if wanted is None:
+        return config.max_model_len
+    if not 1 <= wanted <= config.max_model_len:
+        raise ConfigError(f"max_model_len is {wanted}; this model has positions for 1 to {config.max_model_len} tokens")
+    return wanted
+
+
+@contextmanager
+def _progress(name: str, checkpoint: Checkpoint, show: bool) -> Iterator[Callable[[int], None]]:
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
+        total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+        task = bar.add_task(f"loading {name}", total=total)
+        yield lambda nbytes: bar.advance(task, nbytes)
+        bar.update(task, completed=total)
