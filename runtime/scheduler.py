@@ -21,7 +21,20 @@ from operator import attrgetter
 from distaff.runtime.errors import DuplicateRequestError, EngineConfigError, PromptError
 from distaff.runtime.kv_pool import KVPool, PageTable
 from distaff.runtime.request import Request, RequestStatus, StopReason
-from distaff.runtime.step_plan import RequestUpdate, StepDraft, StepPlan
+from distaff.runtime.step_plan import RequestUpdate, ScheduledRequest, StepDraft, StepPlan
+
+__all__ = [
+    "LeakError",
+    "PrefixCacheStats",
+    "QueueFullError",
+    "RequestUpdate",
+    "ScheduledRequest",
+    "Scheduler",
+    "SchedulerConfig",
+    "SchedulerStats",
+    "StepOrderError",
+    "StepPlan",
+]
 
 POLICIES = ("fcfs", "priority")
 _BY_RANK = attrgetter("rank")

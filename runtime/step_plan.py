@@ -30,7 +30,7 @@ class ScheduledRequest:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Rows of a step: first ``num_decodes`` rows of one sampling token, then prompts, each in order of service.
+    """Rows of a step: first ``num_decodes`` rows of one token, then longer ones, each in order of service.
 
     ``num_tokens`` is the sum over rows, ``preempted`` who lost their pages to make room. A plan without rows needs
     neither execution nor update.
@@ -90,7 +90,7 @@ class StepDraft:
         start = request.num_computed_tokens
         samples = start + num_tokens == num_known
         row = ScheduledRequest(request, start, num_tokens, samples, admitted)
-        (self._decodes if samples and num_tokens == 1 else self._prefills).append(row)
+        (self._decodes if num_tokens == 1 else self._prefills).append(row)
         self._num_tokens += num_tokens
         self.spare_tokens -= num_tokens - 1
         if _reads_prompt_logits(request, start):
