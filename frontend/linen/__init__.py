@@ -38,6 +38,14 @@ from distaff.frontend.linen.activation import softplus as softplus
 from distaff.frontend.linen.activation import standardize as standardize
 from distaff.frontend.linen.activation import swish as swish
 from distaff.frontend.linen.activation import tanh as tanh
+from distaff.frontend.linen.attention import MultiHeadAttention as MultiHeadAttention
+from distaff.frontend.linen.attention import MultiHeadDotProductAttention as MultiHeadDotProductAttention
+from distaff.frontend.linen.attention import SelfAttention as SelfAttention
+from distaff.frontend.linen.attention import combine_masks as combine_masks
+from distaff.frontend.linen.attention import dot_product_attention as dot_product_attention
+from distaff.frontend.linen.attention import dot_product_attention_weights as dot_product_attention_weights
+from distaff.frontend.linen.attention import make_attention_mask as make_attention_mask
+from distaff.frontend.linen.attention import make_causal_mask as make_causal_mask
 from distaff.frontend.linen.class_transform import compact as compact
 from distaff.frontend.linen.class_transform import nowrap as nowrap
 from distaff.frontend.linen.combinators import Sequential as Sequential

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from distaff.frontend.linen import initializers
-from distaff.frontend.linen.class_transform import compact
+from distaff.frontend.linen.class_transform import compact, nowrap
 from distaff.frontend.linen.dtypes import Array, Dtype, canonicalize_dtype
 from distaff.frontend.linen.module import Module, merge_param
 
@@ -191,6 +191,7 @@ class GroupNorm(Module):
         mean, var = (jnp.repeat(value, group_size, axis=-1) for value in (mean, var))
         return _normalize(self, x, mean, var, axes[:-1], (last,), self.use_bias)
 
+    @nowrap
     def _number_of_groups(self, channels: int) -> int:
         if (self.num_groups is None) == (self.group_size is None):
             raise ValueError("Give either num_groups or group_size; with group_size pass num_groups=None.")
