@@ -29,7 +29,7 @@ _CONTINUE_HERE = "\N{SYMBOL FOR END OF TRANSMISSION}continue-here "
 class _GenerationBlock(jinja2.ext.Extension):
     """``{% generation %}`` marks what the assistant wrote, for training; serving renders just the contents."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - the base class declares it so
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)

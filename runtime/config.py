@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Self
 
 from distaff.compiler.artifact import Manifest
 from distaff.runtime.errors import EngineConfigError
+from distaff.runtime.scheduler import SchedulerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,16 +37,18 @@ class EngineConfig:
     warm_up: bool = True
     progress: bool = False
 
-    def resolve(self, manifest: Manifest) -> Self:
-        """The settings with every limit filled in; raises `EngineConfigError` naming the one that cannot be met."""
-        return dataclasses.replace(
-            self,
-            max_model_len=_within("max_model_len", self.max_model_len, manifest.max_model_len),
+    def scheduler_config(self, manifest: Manifest) -> SchedulerConfig:
+        """The limits with every None filled in; raises `EngineConfigError` naming the one that cannot be met."""
+        return SchedulerConfig(
             max_num_seqs=_within("max_num_seqs", self.max_num_seqs, manifest.max_batch),
             max_num_batched_tokens=_within(
                 "max_num_batched_tokens", self.max_num_batched_tokens, manifest.max_step_tokens
             ),
-            max_logprobs=min(self.max_logprobs, manifest.vocab_size),
+            max_model_len=_within("max_model_len", self.max_model_len, manifest.max_model_len),
+            max_num_samples=manifest.max_samples,
+            long_prefill_token_threshold=self.long_prefill_token_threshold,
+            policy=self.scheduling_policy,
+            enable_chunked_prefill=self.enable_chunked_prefill,
         )
 
 

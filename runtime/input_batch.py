@@ -7,7 +7,7 @@ block table. A step's `StepBatch` is then a handful of vectorised gathers, whate
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -62,10 +62,6 @@ class InputBatch:
         """Puts one new token into each of ``rows``."""
         self._tokens[rows, positions] = tokens
 
-    def tokens_of(self, row: int, start: int, end: int) -> Indices:
-        """A request's token ids at positions ``start`` to ``end``."""
-        return self._tokens[row, start:end]
-
     def build(
         self, program: ProgramSpec, rows: Indices, starts: Indices, lengths: Indices, samples: Indices
     ) -> StepBatch:
@@ -80,7 +76,8 @@ class InputBatch:
         at = np.arange(total, dtype=np.int32) + np.repeat(starts - bounds[:-1], lengths)
         row = rows[owner]
         pages = self._tables[row, at // self._page_size]
-        return StepBatch(
+        # Programs take arrays of the host as they are.
+        fields: dict[str, Any] = dict(
             tokens=_padded(self._tokens[row, at], program.tokens),
             positions=_padded(at, program.tokens),
             slots=_padded(pages * self._page_size + at % self._page_size, program.tokens),
@@ -91,6 +88,7 @@ class InputBatch:
             decodes=np.int32(np.cumprod(lengths == 1).sum()),
             samples=_padded(samples, program.samples),
         )
+        return StepBatch(**fields)
 
 
 def _padded(values: Indices, size: int, filler: int = 0) -> Indices:

@@ -136,7 +136,8 @@ def _truncation_threshold(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array)
     nucleus = jnp.min(jnp.where(kept, candidates, jnp.inf), axis=-1)
     threshold = jnp.where(top_p < 1, jnp.maximum(nucleus, kth), kth)
     decided = jnp.where(top_k > 0, top_k <= size, (top_p >= 1) | ~kept[:, -1]) | (size == scaled.shape[-1])
-    return lax.cond(decided.all(), lambda *_: threshold, _exact_threshold, scaled, top_k, top_p)
+    result: jax.Array = lax.cond(decided.all(), lambda *_: threshold, _exact_threshold, scaled, top_k, top_p)
+    return result
 
 
 def _exact_threshold(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -159,7 +160,8 @@ def _first_reaching(depths: jax.Array, weights: jax.Array, wanted: jax.Array) ->
         return jnp.where(reached, low, middle), jnp.where(reached, middle, high)
 
     none = jnp.full(depths.shape[:1], -1, jnp.int32)
-    return lax.fori_loop(0, 32, halve, (none, jnp.full_like(none, _INFINITY)))[1]
+    reached: jax.Array = lax.fori_loop(0, 32, halve, (none, jnp.full_like(none, _INFINITY)))[1]
+    return reached
 
 
 def _draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -21,10 +21,8 @@ import numpy.typing as npt
 
 from distaff.runtime import logits as device
 from distaff.runtime.logits import SamplerState, SamplingRows, TokenLogprobs
+from distaff.runtime.request import Request
 from distaff.runtime.sampling_params import SamplingParams
-
-# As in vLLM: temperatures below this mean greedy.
-GREEDY_BELOW = 1e-5
 
 
 class Executables(Protocol):
@@ -52,7 +50,7 @@ def method_of(params: SamplingParams) -> Method:
     penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
     if penalised or params.logit_bias or params.allowed_token_ids is not None or params.min_tokens:
         return Method.STATEFUL
-    return Method.GREEDY if params.temperature < GREEDY_BELOW else Method.RANDOM
+    return Method.GREEDY if params.is_greedy else Method.RANDOM
 
 
 class Sampler:
@@ -74,51 +72,42 @@ class Sampler:
         self._ints[:, 0] = np.arange(max_rows + 1)
         self._state: SamplerState | None = None
 
-    def admit(
-        self,
-        row: int,
-        params: SamplingParams,
-        seed: int,
-        prompt_token_ids: Sequence[int],
-        output_token_ids: Sequence[int],
-        end_token_ids: Iterable[int],
-    ) -> None:
-        """Gives ``row`` to a request, new or resumed after ``output_token_ids``.
+    def admit(self, row: int, request: Request, seed: int) -> None:
+        """Gives ``row`` to a request, new or resumed after some output.
 
-        ``end_token_ids`` are masked for the first ``params.min_tokens`` tokens. Equal 64-bit seeds give equal draws at
-        equal output positions, whatever else is in the batch.
+        Equal 64-bit seeds give equal draws at equal output positions, whatever else is in the batch.
         """
-        p = params
+        p = request.sampling_params
         self._methods[row] = method_of(p)
-        random = (p.temperature, p.top_p, p.min_p) if p.temperature >= GREEDY_BELOW else (0, 1, 0)
+        random = (0.0, 1.0, 0.0) if p.is_greedy else (p.temperature, p.top_p, p.min_p)
         self._floats[row] = (*random, p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
-        top_k = p.top_k if random[0] and 0 < p.top_k < self._vocab_size else 0
-        high, low = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32).view(np.int32)
-        self._ints[row, 1:] = (0, top_k, p.min_tokens, high, low)
+        top_k = p.top_k if not p.is_greedy and 0 < p.top_k < self._vocab_size else 0
+        halves = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32).view(np.int32)
+        self._ints[row, 1:] = (0, top_k, p.min_tokens, *halves)
         if self._methods[row] == Method.STATEFUL:
-            self._write_state(row, p, prompt_token_ids, output_token_ids, end_token_ids)
+            self._state = self._program("write-row")(self._allocated(), np.int32(row), self._line(request))
 
-    def _write_state(
-        self, row: int, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], ends: Iterable[int]
-    ) -> None:
-        size = self._vocab_size
-        in_prompt, is_end = np.zeros(size, np.bool_), np.zeros(size, np.bool_)
-        in_prompt[list(prompt)] = True
-        is_end[list(ends)] = True
+    def _line(self, request: Request) -> SamplerState:
+        """A request's line of the state."""
+        params, size = request.sampling_params, self._vocab_size
+        in_prompt, ends = np.zeros(size, np.bool_), np.zeros(size, np.bool_)
+        in_prompt[list(request.prompt_token_ids)] = True
+        ends[list(request.end_token_ids)] = True
         bias = np.zeros(size, np.float32)
         if params.allowed_token_ids is not None:
             bias[:] = -np.inf
             bias[list(params.allowed_token_ids)] = 0
         for token_id, value in (params.logit_bias or {}).items():
             bias[token_id] += value
-        counts = np.bincount(np.asarray(output, np.int64), minlength=size).astype(np.int32)
-        values = SamplerState(*(jnp.asarray(array) for array in (counts, in_prompt, bias, is_end)))
-        self._state = self._program("write-row")(self._allocated(), jnp.int32(row), values)
+        counts = np.bincount(np.array(request.output_token_ids, np.int64), minlength=size).astype(np.int32)
+        return SamplerState(*(jnp.asarray(array) for array in (counts, in_prompt, bias, ends)))
 
     def _allocated(self) -> SamplerState:
         """The state; made when a request first needs it, because with large vocabularies it is not small."""
         if self._state is None:
-            self._state = SamplerState(*(jnp.zeros(leaf.shape, leaf.dtype) for leaf in self._state_shapes()))
+            self._state = SamplerState(
+                *(jnp.zeros(leaf.shape, leaf.dtype) for leaf in self._abstract_state(self._max_rows))
+            )
         return self._state
 
     def sample(self, logits: jax.Array, rows: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> jax.Array:
@@ -173,26 +162,29 @@ class Sampler:
 
     def _specification(self, kind: str, size: int) -> tuple[str, Any, list[Any]]:
         """Name, function and abstract arguments of the program for batches of ``size`` rows."""
-        shape = jax.ShapeDtypeStruct
-        logits = shape((size, self._vocab_size), jnp.float32)
-        rows = SamplingRows(shape((size, 6), jnp.float32), shape((size, 6), jnp.int32))
-        state = SamplerState(*self._state_shapes())
+        logits = _abstract((size, self._vocab_size), jnp.float32)
+        rows = SamplingRows(_abstract((size, 6), jnp.float32), _abstract((size, 6), jnp.int32))
         if kind == "greedy":
             return f"sample-greedy-{size}", jax.jit(device.sample_greedy), [logits]
         if kind == "random":
             return f"sample-random-{size}", jax.jit(device.sample_random), [logits, rows]
         if kind == "stateful":
             jitted = jax.jit(device.sample_with_state, donate_argnums=2)
-            return f"sample-stateful-{size}", jitted, [logits, rows, state]
+            return f"sample-stateful-{size}", jitted, [logits, rows, self._abstract_state(self._max_rows)]
         if kind == "logprobs":
             jitted = jax.jit(partial(device.token_logprobs, top=self._top))
-            return f"logprobs-{size}-top-{self._top}", jitted, [logits, shape((size,), jnp.int32)]
-        line = SamplerState(*(shape(leaf.shape[1:], leaf.dtype) for leaf in state))
-        return "sampler-write-row", jax.jit(device.write_row, donate_argnums=0), [state, shape((), jnp.int32), line]
+            return f"logprobs-{size}-top-{self._top}", jitted, [logits, _abstract((size,), jnp.int32)]
+        jitted = jax.jit(device.write_row, donate_argnums=0)
+        arguments = [self._abstract_state(self._max_rows), _abstract((), jnp.int32), self._abstract_state()]
+        return "sampler-write-row", jitted, arguments
 
-    def _state_shapes(self) -> Iterator[jax.ShapeDtypeStruct]:
-        shape = (self._max_rows, self._vocab_size)
-        return (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.bool_, jnp.float32, jnp.bool_))
+    def _abstract_state(self, *rows: int) -> SamplerState:
+        shape = (*rows, self._vocab_size)
+        return SamplerState(*(_abstract(shape, dtype) for dtype in (jnp.int32, jnp.bool_, jnp.float32, jnp.bool_)))
+
+
+def _abstract(shape: tuple[int, ...], dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _program_hash() -> str:

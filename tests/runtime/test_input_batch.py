@@ -68,4 +68,6 @@ def test_appended_tokens_are_read_back():
     batch = InputBatch(3, MAX_LEN, PAGE, PAGES)
     rows = np.array([batch.admit(name, [1, 2]) for name in "ab"], np.int32)
     batch.append(rows, np.array([2, 2], np.int32), np.array([8, 9], np.int32))
-    assert [batch.tokens_of(row, 1, 3).tolist() for row in rows] == [[2, 8], [2, 9]]
+    two = np.array([2, 2], np.int32)
+    got = batch.build(program(4, 3, 1), rows, two - 1, two, two[:0])
+    assert got.tokens.tolist() == [2, 8, 2, 9]

@@ -1,0 +1,48 @@
+"""What the served model can do for a request: everything else is refused before anything has changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from distaff.runtime.errors import PromptError
+from distaff.runtime.sampling_params import SamplingParams, SamplingParamsError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelLimits:
+    """What requests are checked against; ``max_logprobs`` is the most top log-probabilities."""
+
+    vocab_size: int
+    max_model_len: int
+    max_logprobs: int
+    has_tokenizer: bool
+
+    def check_prompt(self, token_ids: Sequence[int], params: SamplingParams) -> list[int]:
+        """The prompt, cut to its last ``truncate_prompt_tokens``; raises `PromptError` if it cannot be served."""
+        prompt = list(token_ids)
+        if params.truncate_prompt_tokens is not None:
+            keep = params.truncate_prompt_tokens if params.truncate_prompt_tokens > 0 else self.max_model_len - 1
+            prompt = prompt[-keep:]
+        if not prompt:
+            raise PromptError("the prompt has no tokens; send at least one")
+        if len(prompt) >= self.max_model_len:
+            raise PromptError(
+                f"the prompt has {len(prompt)} tokens, but this model serves at most {self.max_model_len} tokens, of "
+                "which at least one must be left for the output; shorten the prompt or set truncate_prompt_tokens"
+            )
+        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+            wrong = next(token_id for token_id in prompt if not 0 <= token_id < self.vocab_size)
+            raise PromptError(f"the prompt has token id {wrong}, but the vocabulary is 0 to {self.vocab_size - 1}")
+        return prompt
+
+    def check_params(self, params: SamplingParams) -> SamplingParams:
+        """The parameters, where -1 log-probabilities are the whole vocabulary; raises `SamplingParamsError`."""
+        params.check_model(self.vocab_size, self.max_logprobs)
+        if params.stop and not self.has_tokenizer:
+            raise SamplingParamsError("stop", "needs the output's text, but this artifact has no tokenizer")
+        return dataclasses.replace(
+            params,
+            logprobs=self.vocab_size if params.logprobs == -1 else params.logprobs,
+            prompt_logprobs=self.vocab_size if params.prompt_logprobs == -1 else params.prompt_logprobs,
+        )
