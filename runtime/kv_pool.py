@@ -143,8 +143,7 @@ class KVPool:
                 end = index
                 continue
             found[index] = next(iter(pages))
-            first_seen = min(self._num_passed(end * self.page_size, window), end - 1)
-            if index <= first_seen:
+            if index <= self._num_passed(end * self.page_size, window):
                 return [NULL_PAGE] * index + found[index:end]
         return []
 
