@@ -219,7 +219,7 @@ class _Capture:
                 f"it runs {length} times, and loops are unrolled up to {_LAYER_LOOP_LIMIT} times",
                 "vectorise this loop; only loops over layers are meant to be scans",
             )
-        num_consts, num_carry = params["num_consts"], params["num_carry"]
+        num_consts, num_carry = jax_compat.scan_parts(params)
         consts, carry, stacked = (
             inputs[:num_consts],
             inputs[num_consts : num_consts + num_carry],

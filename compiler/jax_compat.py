@@ -48,6 +48,14 @@ def inner_jaxpr(params: dict[str, Any]) -> tuple[Jaxpr, Sequence[Any]] | None:
     return None
 
 
+def scan_parts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many leading operands of a ``scan`` equation are constants of the loop, and how many after them its carry."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carry, _ = params["ft_in"].unpack()  # since jax 0.12
+    return len(constants), len(carry)
+
+
 def expand_hijax_call(equation: Any) -> ClosedJaxpr | None:
     """The plain jaxpr of a ``call_hi_primitive`` equation (as ``jax.checkpoint`` becomes under JAX_REMAT3)."""
     primitive = equation.params.get("_prim") or equation.params.get("prim")

@@ -93,8 +93,8 @@ def data_dependent_loop(params, tokens):
 
 
 REFUSED = {
-    "no mask": (zoo.decoder(zoo.unmasked), NotCausalError, "dot_general", "model_zoo.py"),
-    "prefix-LM": (zoo.decoder(zoo.prefix), NotCausalError, "dot_general", "model_zoo.py"),
+    "no mask": (zoo.decoder(zoo.unmasked), NotCausalError, "reduce_max", "model_zoo.py"),
+    "prefix-LM": (zoo.decoder(zoo.prefix), NotCausalError, "reduce_max", "model_zoo.py"),
     "mean over tokens": (mean_over_tokens, MixesTokensError, "reduce_sum", "test_refusals.py"),
     "linear attention": (zoo.decoder(zoo.linear_unmasked), MixesTokensError, "dot_general", "model_zoo.py"),
     "finite-masked padding": (padding_with_a_finite_mask, NotCausalError, "", "test_refusals.py"),
