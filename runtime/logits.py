@@ -125,7 +125,8 @@ def _truncation_threshold(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array)
 
     Top-p keeps a token if the tokens above it hold less than ``top_p`` of what top-k left.
     """
-    size = min(CANDIDATES, scaled.shape[-1])
+    # Never the whole vocabulary, however small: XLA on CPU would sort it, and cannot store a program that does.
+    size = min(CANDIDATES, max(1, scaled.shape[-1] - 1))
     candidates = lax.top_k(scaled, size)[0]
     last = jnp.clip(top_k - 1, 0, size - 1)
     kth = jnp.where(top_k > 0, jnp.take_along_axis(candidates, last[:, None], axis=-1)[:, 0], -jnp.inf)
@@ -135,7 +136,7 @@ def _truncation_threshold(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array)
     kept = (above < mass[:, None]) & (weights > 0)
     nucleus = jnp.min(jnp.where(kept, candidates, jnp.inf), axis=-1)
     threshold = jnp.where(top_p < 1, jnp.maximum(nucleus, kth), kth)
-    decided = jnp.where(top_k > 0, top_k <= size, (top_p >= 1) | ~kept[:, -1]) | (size == scaled.shape[-1])
+    decided = jnp.where(top_k > 0, top_k <= size, (top_p >= 1) | ~kept[:, -1])
     result: jax.Array = lax.cond(decided.all(), lambda *_: threshold, _exact_threshold, scaled, top_k, top_p)
     return result
 

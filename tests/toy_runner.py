@@ -11,6 +11,8 @@ import zlib
 
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from distaff.compiler.artifact import PROGRAMS, TOKENIZER, Manifest, ProgramSpec
 from distaff.compiler.buckets import default_buckets
@@ -35,6 +37,17 @@ def plain_generate(prompt, max_tokens, *, ignore_eos=False, adjust=lambda logits
         if output[-1] == EOS and not ignore_eos:
             break
     return output
+
+
+def byte_backend():
+    """One token a byte; 3 is a special token, 2 the end of the sequence."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "<pad>": 1, "</s>": EOS, "<|special|>": 3} | {c: i for i, c in enumerate(alphabet, 4)}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "<pad>", "</s>", "<|special|>"])
+    return backend
 
 
 def save_toy_artifact(folder, *, tokenizer=None, num_pages=65, page_size=4, max_model_len=64, max_batch=8, max_step=32):

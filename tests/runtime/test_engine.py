@@ -8,9 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
-from toy_runner import EOS, VOCAB, ToyRunner, plain_generate, save_toy_artifact, toy_logits
+from toy_runner import EOS, VOCAB, ToyRunner, byte_backend, plain_generate, save_toy_artifact, toy_logits
 
 from distaff.runtime.config import EngineConfig
 from distaff.runtime.engine import Engine
@@ -42,17 +40,6 @@ def make_engine(tmp_path, executables):
         return Engine(folder, config, stat_loggers=stat_loggers, make_runner=partial(ToyRunner, executables))
 
     return make
-
-
-def byte_backend():
-    """One token a byte; 3 is a special token, 2 the end of the sequence."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<s>": 0, "<pad>": 1, "</s>": EOS, "<|special|>": 3} | {c: i for i, c in enumerate(alphabet, 4)}
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<s>", "<pad>", "</s>", "<|special|>"])
-    return backend
 
 
 def run(engine, limit=2000):

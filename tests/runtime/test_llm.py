@@ -1,0 +1,140 @@
+"""`LLM` over the toy language model: kinds of prompts, order, defaults, refusals, and where artifacts come from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+from toy_runner import ToyRunner, byte_backend, plain_generate, save_toy_artifact
+
+from distaff.compiler.artifact import TOKENIZER, ArtifactError
+from distaff.runtime import llm as llm_module
+from distaff.runtime.engine import Engine
+from distaff.runtime.errors import EngineConfigError, PromptError
+from distaff.runtime.llm import LLM
+from distaff.runtime.sampling_params import SamplingParams, SamplingParamsError
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def executables(tmp_path_factory):
+    return tmp_path_factory.mktemp("executables")
+
+
+@pytest.fixture
+def artifact(tmp_path, monkeypatch, executables):
+    folder = tmp_path / "artifact"
+    save_toy_artifact(folder, tokenizer=byte_backend())
+    template = "{% for m in messages %}{{ m.content }}{% if not loop.last %};{% endif %}{% endfor %}{{ tail }}"
+    (folder / TOKENIZER / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    generation = {"temperature": 0.0, "top_p": 0.9, "max_new_tokens": 4, "do_sample": True}
+    (folder / TOKENIZER / "generation_config.json").write_text(json.dumps(generation))
+    # Compiling the sampler's programs for every batch size is not what is tested here.
+    monkeypatch.setattr(ToyRunner, "warm_up", lambda self: None)
+    monkeypatch.setattr("distaff.runtime.sampling.Sampler.warm_up", lambda self, *sizes: None)
+    monkeypatch.setattr(llm_module, "Engine", partial(Engine, make_runner=partial(ToyRunner, executables)))
+    return folder
+
+
+@pytest.mark.smoke
+def test_every_kind_of_prompt_in_order(artifact):
+    llm = LLM(artifact)
+    ids = llm.get_tokenizer().encode("Hello")
+    outputs = llm.generate(["Hello", ids, {"prompt": "Hello"}, {"prompt_token_ids": ids, "cache_salt": "s"}], GREEDY)
+    expected = plain_generate(ids, 6, ignore_eos=True)
+    for output in outputs:
+        assert (output.prompt_token_ids, output.outputs[0].token_ids) == (ids, expected)
+        assert output.outputs[0].text == llm.get_tokenizer().decode(expected) and output.finished
+    assert [output.prompt for output in outputs] == ["Hello", None, "Hello", None]
+    for single in ("Hello", ids, {"prompt": "Hello"}):
+        assert [o.outputs[0].token_ids for o in llm.generate(single, GREEDY, use_tqdm=False)] == [expected]
+    assert llm.generate([], GREEDY) == []
+    llm.engine.check_idle()
+
+
+def test_parameters_for_each_prompt_and_input_order(artifact):
+    llm = LLM(artifact, max_num_seqs=2, seed=3)
+    params = [SamplingParams(temperature=0.0, max_tokens=20 - i, ignore_eos=True) for i in range(10)]
+    prompts = [[10 + i] for i in range(10)]
+    outputs = llm.generate(prompts, params, priority=list(range(10)))
+    for prompt, own, output in zip(prompts, params, outputs, strict=True):
+        assert output.outputs[0].token_ids == plain_generate(prompt, own.max_tokens, ignore_eos=True)
+
+
+def test_defaults_come_from_the_model(artifact):
+    llm = LLM(artifact)
+    assert llm.get_default_sampling_params() == SamplingParams(temperature=0.0, top_p=0.9, max_tokens=4)
+    (output,) = llm.generate([[5, 6]])
+    assert output.outputs[0].token_ids == plain_generate([5, 6], 4)
+
+
+def test_chat_renders_one_conversation_or_several(artifact):
+    llm = LLM(artifact)
+    one = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (output,) = llm.chat(one, GREEDY, chat_template_kwargs={"tail": "!"})
+    assert output.prompt == "a;b!" and output.prompt_token_ids == llm.get_tokenizer().encode("a;b!")
+    outputs = llm.chat([one, one[:1]], GREEDY, use_tqdm=False)
+    assert [output.prompt for output in outputs] == ["a;b", "a"]
+    (output,) = llm.chat(one, GREEDY, add_generation_prompt=False, continue_final_message=True)
+    assert output.prompt == "a;b"
+
+
+def test_refusals_leave_nothing_running(artifact):
+    llm = LLM(artifact)
+    with pytest.raises(PromptError):
+        llm.generate(["fine", []], GREEDY)
+    with pytest.raises(PromptError, match="prompt_token_ids"):
+        llm.generate([{"text": "wrong name"}], GREEDY)
+    with pytest.raises(SamplingParamsError):
+        llm.generate(["a", "b"], [GREEDY, SamplingParams(logprobs=1000)])
+    with pytest.raises(ValueError, match="2 entries for 1 prompts"):
+        llm.generate(["a"], [GREEDY, GREEDY])
+    llm.engine.check_idle()
+    with pytest.raises(EngineConfigError, match="page_size 8"):
+        LLM(artifact, block_size=8)
+    with pytest.raises(EngineConfigError, match="dtype bfloat16"):
+        LLM(artifact, dtype="bfloat16")
+    assert LLM(artifact, dtype="float32", block_size=4).engine.max_model_len == 64
+
+
+def test_an_interrupt_aborts_what_runs(artifact):
+    llm = LLM(artifact)
+    llm.engine._runner.fail = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a", "b"], GREEDY)
+    assert not llm.engine.has_unfinished
+
+
+def test_anything_but_an_artifact_is_compiled_first(artifact, tmp_path, monkeypatch):
+    calls = []
+
+    def compile_model(model, **options):
+        calls.append((model, options))
+        return artifact
+
+    def entry_points(*, group):
+        assert group == "distaff.compile_on_demand"
+        return [SimpleNamespace(load=lambda: compile_model)]
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    llm = LLM("some/model", max_num_seqs=3, block_size=4, latent_cache=True)
+    assert calls == [("some/model", {"page_size": 4, "max_batch": 3, "latent_cache": True})]
+    assert llm.generate([[5]], GREEDY)[0].finished
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: [])
+    with pytest.raises(ArtifactError, match="compile-model"):
+        LLM(str(tmp_path / "nothing"))
+
+
+def test_importing_the_package_imports_no_jax():
+    code = "import sys, distaff.runtime; assert 'jax' not in sys.modules; distaff.runtime.SamplingParams()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        from distaff import runtime
+
+        _ = runtime.Nothing
