@@ -18,6 +18,7 @@ from distaff.frontend.loading.gguf_config import end_tokens
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+_TEMPLATE = "tokenizer.chat_template"
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -63,8 +64,8 @@ class _Vocabulary:
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self.metadata = metadata
-        self.tokens: Sequence[str] = self.need("tokens")
-        self.types: Sequence[int] = self.get("token_type") or [_NORMAL] * len(self.tokens)
+        self.tokens: list[str] = self.need("tokens")
+        self.types: list[int] = self.get("token_type") or [_NORMAL] * len(self.tokens)
         if len(self.types) != len(self.tokens):
             raise TokenizerFormatError("tokenizer.ggml.token_type and tokenizer.ggml.tokens differ in length")
 
@@ -84,7 +85,8 @@ class _Vocabulary:
             return None
         if not 0 <= token_id < len(self.tokens):
             raise TokenizerFormatError(f"tokenizer.ggml.{name}_token_id is {token_id}, beyond the vocabulary")
-        return self.tokens[token_id]
+        token: str = self.tokens[token_id]
+        return token
 
 
 def _byte_level(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
@@ -112,13 +114,13 @@ def _splitter(splitting: str) -> pre_tokenizers.PreTokenizer:
     if splitting in _GPT2_STYLE:
         return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if splitting in _DIGITS_APART:
-        first, use_regex = pre_tokenizers.Digits(individual_digits=True), True
-    elif splitting in _PATTERNS:
-        first, use_regex = pre_tokenizers.Split(Regex(_PATTERNS[splitting]), behavior="isolated"), False
-    else:
-        known = ", ".join((*_GPT2_STYLE, *_DIGITS_APART, *_PATTERNS))
-        raise TokenizerFormatError(f"tokenizer.ggml.pre is {splitting!r}; implemented are {known}")
-    return pre_tokenizers.Sequence([first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)])
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+    if splitting in _PATTERNS:
+        words = pre_tokenizers.Split(Regex(_PATTERNS[splitting]), behavior="isolated")
+        return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    known = ", ".join((*_GPT2_STYLE, *_DIGITS_APART, *_PATTERNS))
+    raise TokenizerFormatError(f"tokenizer.ggml.pre is {splitting!r}; implemented are {known}")
 
 
 def _sentencepiece(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
@@ -198,11 +200,12 @@ def _config(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[str, A
         "add_bos_token": bool(vocabulary.get("add_bos_token")),
     }
     config |= {role: token for role, name in _ROLES.items() if (token := vocabulary.role(name)) is not None}
-    prefix = "tokenizer.chat_template."
+    default = metadata.get(_TEMPLATE)
     named = [
-        {"name": key.removeprefix(prefix), "template": metadata[key]} for key in metadata if key.startswith(prefix)
+        {"name": key.removeprefix(f"{_TEMPLATE}."), "template": template}
+        for key, template in metadata.items()
+        if key.startswith(f"{_TEMPLATE}.")
     ]
-    default = metadata.get("tokenizer.chat_template")
     if named:
         config["chat_template"] = [{"name": "default", "template": default}, *named] if default else named
     elif default:

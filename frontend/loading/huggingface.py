@@ -78,7 +78,7 @@ def _weight_files(root: Path) -> list[Path]:
 
 def _tensors(file: Path) -> dict[str, StoredTensor]:
     try:
-        handle = safetensors.safe_open(file, framework="np")
+        handle: Any = safetensors.safe_open(file, framework="np")
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointFormatError(f"{file} is damaged or cut short ({error}): fetch the model again") from error
     tensors = {}

@@ -37,7 +37,7 @@ class Attention(nn.Module):
             use_bias=config.output_bias,
             dtype=config.dtype,
             kernel_init=partitioned("heads", "head_dim", "embed"),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)),
+            bias_init=partitioned("embed", init=nn.initializers.zeros),
             name="output",
         )(heads)
 
@@ -48,7 +48,7 @@ class Attention(nn.Module):
             use_bias=self.config.qkv_bias,
             dtype=self.config.dtype,
             kernel_init=partitioned("embed", axis, "head_dim"),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (axis, "head_dim")),
+            bias_init=partitioned(axis, "head_dim", init=nn.initializers.zeros),
             name=name,
         )
 

@@ -184,7 +184,5 @@ def _windows(fields: Fields, window: int | None, default_types: list[str]) -> tu
     types = fields.data.get("layer_types") or default_types
     known = {"full_attention": None, "sliding_attention": window}
     if not isinstance(types, list) or len(types) != len(default_types) or not all(t in known for t in types):
-        raise fields.error(
-            "layer_types", f"must name one of {', '.join(known)} for each of {len(default_types)} layers"
-        )
+        raise fields.error("layer_types", f"must list {len(default_types)} of {', '.join(known)}")
     return tuple(known[t] for t in types)

@@ -26,23 +26,31 @@ class Fields:
 
     def size(self, name: str, default: int = _MISSING) -> int:
         """A whole number of at least 1."""
-        value = self._get(name, default)
-        return value if _is_whole(value) and value >= 1 else self._refuse(name, value, "a whole number of at least 1")
+        value = self.whole(name, default)
+        if value < 1:
+            raise self._unexpected(name, value, "a whole number of at least 1")
+        return value
 
     def whole(self, name: str, default: int = _MISSING) -> int:
         """A whole number of at least 0."""
         value = self._get(name, default)
-        return value if _is_whole(value) and value >= 0 else self._refuse(name, value, "a whole number of at least 0")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise self._unexpected(name, value, "a whole number")
+        return value
 
     def positive(self, name: str, default: float = _MISSING) -> float:
         """A finite number above 0."""
         value = self._get(name, default)
-        return float(value) if _is_finite(value) and value > 0 else self._refuse(name, value, "a number above 0")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise self._unexpected(name, value, "a number above 0")
+        return float(value)
 
     def flag(self, name: str, default: bool = _MISSING) -> bool:
         """True or false."""
         value = self._get(name, default)
-        return value if isinstance(value, bool) else self._refuse(name, value, "true or false")
+        if not isinstance(value, bool):
+            raise self._unexpected(name, value, "true or false")
+        return value
 
     def optional_size(self, name: str, default: int) -> int | None:
         """Like `size`, but null means None; ``default`` is for a field that is not there at all."""
@@ -60,13 +68,5 @@ class Fields:
             raise self.error(name, "is missing")
         return default
 
-    def _refuse(self, name: str, value: Any, expected: str) -> Any:
-        raise self.error(name, f"is {value!r}; expected {expected}")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    def _unexpected(self, name: str, value: object, expected: str) -> ConfigError:
+        return self.error(name, f"is {value!r}; expected {expected}")

@@ -6,18 +6,26 @@ a mesh. Matrix products run in ``config.dtype``, normalisation in float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 
 from distaff.frontend import linen as nn
 from distaff.frontend.models.config import ModelConfig
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+NORMAL = nn.initializers.normal(0.02)
 
 
-def partitioned(*axes: str) -> nn.initializers.Initializer:
-    """The initializer of a matrix whose dimensions have these logical names."""
-    return nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
+def partitioned(*axes: str, init: nn.initializers.Initializer = NORMAL) -> nn.initializers.Initializer:
+    """The initializer of a parameter whose dimensions have these logical names."""
+    return cast(nn.initializers.Initializer, nn.with_logical_partitioning(init, axes))
 
 
 class RMSNorm(nn.Module):
@@ -30,8 +38,8 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[..., size]`` to the same shape and dtype."""
-        init = nn.initializers.constant(1.0 - self.offset)
-        scale = self.param("scale", nn.with_logical_partitioning(init, (self.axis,)), (x.shape[-1],))
+        init = partitioned(self.axis, init=nn.initializers.constant(1.0 - self.offset))
+        scale: jax.Array = self.param("scale", init, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
         return (y * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
@@ -57,7 +65,7 @@ class GatedMLP(nn.Module):
             use_bias=self.config.mlp_bias,
             dtype=self.config.dtype,
             kernel_init=partitioned(source, target),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (target,)),
+            bias_init=partitioned(target, init=nn.initializers.zeros),
             name=name,
         )
 

@@ -143,8 +143,10 @@ class TabulatedScaling:
 
     def scale(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
         """Pair by pair."""
-        return frequencies / np.asarray(self.factors)
+        scaled: np.ndarray = frequencies / np.asarray(self.factors)
+        return scaled
 
 
 def _blend(kept: np.ndarray, lowered: np.ndarray, share_kept: np.ndarray) -> np.ndarray:
-    return share_kept * kept + (1.0 - share_kept) * lowered
+    blended: np.ndarray = share_kept * kept + (1.0 - share_kept) * lowered
+    return blended

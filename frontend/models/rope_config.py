@@ -6,17 +6,19 @@ Transformers 4 writes ``rope_theta`` and ``rope_scaling`` side by side; transfor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from distaff.frontend.models.config_fields import Fields
 from distaff.frontend.models.errors import ConfigError
-from distaff.frontend.models.rope import Llama3Scaling, LinearScaling, Rope, RopeScaling, YarnScaling
+from distaff.frontend.models.rope import LinearScaling, Llama3Scaling, Rope, RopeScaling, YarnScaling
 
 
 def read_rope(config: Fields, head_dim: int, max_positions: int) -> Rope:
     """The rotary embedding of heads of ``head_dim``; raises `ConfigError` for types that cannot be served."""
     found = config.data.get("rope_parameters") or config.data.get("rope_scaling") or {}
     rope = Fields(found, "config: rope_parameters")
+    if any(isinstance(value, Mapping) for value in rope.data.values()):
+        raise ConfigError("config: rope_parameters differ between layers, which is not implemented")
     theta = rope.positive("rope_theta", config.positive("rope_theta", 10_000.0))
     if theta <= 1.0:
         raise rope.error("rope_theta", f"is {theta}; the base must be above 1")
