@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from distaff.runtime.errors import EngineDeadError, EngineOverloadedError
+from distaff.runtime.errors import EngineDeadError, EngineOverloadedError, TokenizerError
 from distaff.runtime.outputs import CompletionOutput, Logprob, RequestOutput
 from distaff.runtime.sampling_params import RequestOutputKind, SamplingParams
 from distaff.runtime.stats import FinishedStats, StepStats
@@ -74,7 +74,8 @@ class FakeEngine:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        assert self.manifest.has_tokenizer
+        if not self.manifest.has_tokenizer:
+            raise TokenizerError("this artifact has no tokenizer")
         return self._tokenizer
 
     async def start(self) -> None:

@@ -58,7 +58,7 @@ class EngineClient(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The artifact's tokenizer; raises `TokenizerError` if ``manifest.has_tokenizer`` is False."""
+        """The model's tokenizer; raises `TokenizerError` if it has none."""
 
     @property
     def max_model_len(self) -> int:

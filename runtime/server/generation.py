@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -38,10 +38,6 @@ class Generation:
         self._engine = engine
         self._config = config
         self._prompts = PromptProcessor(engine, config)
-        self._tokenizer = engine.tokenizer if engine.manifest.has_tokenizer else None
-        self._model_defaults: Mapping[str, Any] = {}
-        if config.use_generation_config and self._tokenizer is not None:
-            self._model_defaults = self._tokenizer.generation_config
 
     async def completions(self, http: Request) -> Response:
         """``POST /v1/completions``."""
@@ -95,7 +91,9 @@ class Generation:
     ) -> Response:
         sources = []
         for i, prompt in enumerate(prompts):
-            params = request.sampling_params(prompt.max_tokens, self._model_defaults, self._tokenizer is not None)
+            params = request.sampling_params(
+                prompt.max_tokens, self._prompts.model_defaults, self._prompts.tokenizer is not None
+            )
             # Clients may repeat their ids; the engine's must differ.
             engine_id = f"{answer_id}-{i}-{uuid.uuid4().hex[:8]}"
             if self._config.enable_log_requests:
@@ -129,12 +127,14 @@ class Generation:
 
     def _names(self, request: GenerationRequest) -> TokenNames:
         as_ids = request.return_tokens_as_token_ids
-        return TokenNames(self._tokenizer, self._config.return_tokens_as_token_ids if as_ids is None else as_ids)
+        return TokenNames(
+            self._prompts.tokenizer, self._config.return_tokens_as_token_ids if as_ids is None else as_ids
+        )
 
     def _echoed(self, prompt: Prompt) -> str:
         if prompt.text is not None:
             return prompt.text
-        return self._prompts.tokenizer("echo").decode(prompt.token_ids, skip_special_tokens=False)
+        return self._prompts.tokenizer_for("echo").decode(prompt.token_ids, skip_special_tokens=False)
 
     async def _tokenize(self, http: Request, body: Any) -> Response:
         request = parse(TokenizeRequest, body)
@@ -143,7 +143,7 @@ class Generation:
         text = await self._prompts.chat_text(request) if request.prompt is None else request.prompt
         special = not chat if request.add_special_tokens is None else request.add_special_tokens
         ids = await self._prompts.encode(text, special, "messages" if chat else "prompt")
-        names = self._prompts.tokenizer("prompt")
+        names = self._prompts.tokenizer_for("prompt")
         strings = [names.token_string(token_id) for token_id in ids] if request.return_token_strs else None
         return JSONResponse(
             {"count": len(ids), "max_model_len": self._engine.max_model_len, "tokens": ids, "token_strs": strings}
@@ -155,7 +155,7 @@ class Generation:
         size = self._engine.manifest.vocab_size
         if request.tokens and max(request.tokens) >= size:
             raise bad_request("tokens", f"Token id {max(request.tokens)} is out of the vocabulary of {size} tokens.")
-        return JSONResponse({"prompt": self._prompts.tokenizer("tokens").decode(request.tokens, False)})
+        return JSONResponse({"prompt": self._prompts.tokenizer_for("tokens").decode(request.tokens, False)})
 
 
 def _answer_id(prefix: str, http: Request, request: GenerationRequest) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from distaff.runtime.errors import ChatTemplateError
+from distaff.runtime.errors import ChatTemplateError, TokenizerError
 from distaff.runtime.server.config import EngineClient, ServerConfig
 from distaff.runtime.server.errors import ApiError, bad_request
 from distaff.runtime.server.protocol import ChatPrompt, GenerationRequest
@@ -29,16 +30,22 @@ class PromptProcessor:
     def __init__(self, engine: EngineClient, config: ServerConfig) -> None:
         self._engine = engine
         self._config = config
+        try:
+            self.tokenizer: Tokenizer | None = engine.tokenizer
+        except TokenizerError:
+            self.tokenizer = None
+        recommended = self.tokenizer.generation_config if config.use_generation_config and self.tokenizer else {}
+        self.model_defaults: Mapping[str, Any] = recommended
 
-    def tokenizer(self, param: str) -> Tokenizer:
-        """The model's tokenizer; 400 for the field that needs it if the artifact holds none."""
-        if not self._engine.manifest.has_tokenizer:
+    def tokenizer_for(self, param: str) -> Tokenizer:
+        """The model's tokenizer; 400 for the field that needs it if there is none."""
+        if self.tokenizer is None:
             raise bad_request(param, "This model has no tokenizer: send token ids as `prompt` of /v1/completions.")
-        return self._engine.tokenizer
+        return self.tokenizer
 
     async def encode(self, text: str, add_special_tokens: bool, param: str = "prompt") -> list[int]:
         """Token ids of a text."""
-        return await asyncio.to_thread(self.tokenizer(param).encode, text, add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer_for(param).encode, text, add_special_tokens)
 
     async def chat_text(self, chat: ChatPrompt) -> str:
         """The conversation as the template renders it; 400 if the template cannot."""
@@ -47,7 +54,7 @@ class PromptProcessor:
                 "chat_template", "`chat_template` is only taken if the server runs with --trust-request-chat-template."
             )
         render = functools.partial(
-            self.tokenizer("messages").apply_chat_template,
+            self.tokenizer_for("messages").apply_chat_template,
             chat.messages or (),
             tools=chat.tools,
             add_generation_prompt=chat.opens_answer,
@@ -75,7 +82,9 @@ class PromptProcessor:
         self._check_ids(token_ids)
         if len(token_ids) + (1 if wanted is None else wanted) > limit:
             raise _too_long(limit, len(token_ids), wanted)
-        return Prompt(list(token_ids), text, limit - len(token_ids) if wanted is None else wanted)
+        if wanted is None:
+            wanted = min(limit - len(token_ids), self.model_defaults.get("max_new_tokens") or limit)
+        return Prompt(list(token_ids), text, wanted)
 
     def _check_ids(self, token_ids: Sequence[int]) -> None:
         if not token_ids:

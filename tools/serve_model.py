@@ -1,0 +1,278 @@
+"""serve-model: an artifact (or a model, which is compiled first) behind an OpenAI-compatible HTTP server.
+
+Flags are named as vLLM's server names them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    import socket
+
+    from distaff.compiler.artifact import Manifest
+    from distaff.runtime.engine import Engine
+    from distaff.runtime.server import PrometheusStatLogger
+
+logger = logging.getLogger(__name__)
+
+# Exit codes; click itself exits with 2 for wrong usage.
+OTHER, USAGE = 1, 2
+
+_HELP = """Serves MODEL, an artifact folder made by compile-model, until SIGTERM or SIGINT.
+
+A name that distaff knows, a Hugging Face folder or a GGUF file is compiled first; the artifact is kept and found again.
+
+\b
+Examples:
+  serve-model ./smollm2
+  serve-model smollm2-135m --port 8001 --served-model-name small
+  serve-model ./smollm2 --max-num-seqs 32 --max-waiting 256 --api-key secret
+  serve-model ./smollm2 --uds /run/distaff.sock --kv-cache-memory-bytes 2G
+
+\b
+Then:
+  curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Hello", "max_tokens": 20}'
+
+\b
+Exit codes: 0 ended by a signal, 1 error, 2 wrong usage.
+"""
+
+_POSITIVE = click.IntRange(min=1)
+
+
+class _Size(click.ParamType[int]):
+    """A count like 4096, 4k (4000), 4K (4096), 1.5G."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgtKMGT]?)", value)
+        if match is None:
+            self.fail(f"{value!r} is no size; write it like 4096, 4k (4000), 4K (4096) or 1.5G", param, context)
+        number, unit = float(match[1]), match[2]
+        power = " kmgt".index(unit.lower()) if unit else 0
+        size = int(number * (1024 if unit.isupper() else 1000) ** power)
+        if size < 1:
+            self.fail(f"{value!r} must be at least 1", param, context)
+        return size
+
+
+class _JsonList(click.ParamType[tuple[str, ...]]):
+    """A JSON list of strings, like '["a", "b"]'."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            entries = json.loads(value)
+        except ValueError:
+            entries = None
+        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+            self.fail(f"""{value!r} is no JSON list of strings, like '["*"]'""", param, context)
+        return tuple(entries)
+
+
+@click.command(help=_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--uds", type=click.Path(), help="Unix socket to listen on in place of host and port.")
+@click.option("--api-key", multiple=True, envvar="DISTAFF_API_KEY", help="Key that /v1 asks for; may be repeated.")
+@click.option("--served-model-name", multiple=True, help="Name in the API; may be repeated.  [default: the model's]")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of a tokenizer in place of the model's.")
+@click.option("--chat-template", help="File with a Jinja template, or the template, in place of the model's.")
+@click.option("--trust-request-chat-template", is_flag=True, help="Take chat_template from requests.")
+@click.option("--generation-config", type=click.Choice(["auto", "vllm"]), default="auto", show_default=True,
+              help="Sampling defaults: the model's generation_config.json, or neutral ones.")  # fmt: skip
+@click.option("--dtype", default="auto", show_default=True, help="Weights, for a model that is compiled.")
+@click.option("--block-size", type=_POSITIVE, help="Tokens in a KV page, for a model that is compiled.")
+@click.option("--max-model-len", type=_Size(), help="Most tokens of prompt and output.")
+@click.option("--max-num-seqs", type=_POSITIVE, help="Most requests in one step.")
+@click.option("--max-num-batched-tokens", type=_POSITIVE, help="Most tokens in one step.")
+@click.option("--max-waiting", type=_POSITIVE, help="Most requests in the queue; others get a 429.")
+@click.option("--num-gpu-blocks-override", type=click.IntRange(min=2), help="Pages of the KV cache.")
+@click.option("--kv-cache-memory-bytes", type=_Size(), help="Size of the KV cache.  [default: by free memory]")
+@click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True, show_default=True)
+@click.option("--enable-chunked-prefill/--no-enable-chunked-prefill", default=True, show_default=True)
+@click.option("--long-prefill-token-threshold", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Most tokens of one prompt a step while others wait; 0: no limit.")  # fmt: skip
+@click.option("--scheduling-policy", type=click.Choice(["fcfs", "priority"]), default="fcfs", show_default=True)
+@click.option("--max-logprobs", type=click.IntRange(min=0), default=20, show_default=True)
+@click.option("--return-tokens-as-token-ids", is_flag=True, help="Write tokens in logprobs as token_id:<id>.")
+@click.option("--seed", type=int, default=0, show_default=True, help="For requests without a seed of their own.")
+@click.option("--forbid-compiles", is_flag=True, help="Fail rather than compile a program that the artifact lacks.")
+@click.option("--warm-up/--no-warm-up", default=True, show_default=True, help="Prepare all programs before listening.")
+@click.option("--allowed-origins", type=_JsonList(), default='["*"]', show_default=True, help="CORS origins.")
+@click.option("--allowed-methods", type=_JsonList(), default='["*"]', show_default=True, help="CORS methods.")
+@click.option("--allowed-headers", type=_JsonList(), default='["*"]', show_default=True, help="CORS headers.")
+@click.option("--allow-credentials", is_flag=True, help="CORS with credentials.")
+@click.option("--root-path", default="", help="Path under which a proxy shows the server.")
+@click.option("--max-body-bytes", type=_Size(), default="16M", show_default=True, help="Larger requests get a 413.")
+@click.option("--shutdown-timeout", type=click.FloatRange(min=0), default=15.0, show_default=True,
+              help="Seconds that running requests may go on after a signal.")  # fmt: skip
+@click.option("--enable-log-requests/--disable-log-requests", default=False, show_default=True)
+@click.option("--disable-uvicorn-access-log", is_flag=True, help="No line for every HTTP request.")
+@click.option("--uvicorn-log-level", default="info", show_default=True,
+              type=click.Choice(["critical", "error", "warning", "info", "debug", "trace"]))  # fmt: skip
+def main(model: str, **flags: Any) -> None:
+    """Entry point of the command line."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)  # until the server takes over
+    with _exit_codes():
+        from distaff.runtime.server import bind
+
+        sock = bind(flags["host"], flags["port"], flags["uds"])
+        template = _chat_template(flags["chat_template"])
+        folder, manifest = _artifact(model, flags)
+        names = flags["served_model_name"] or tuple(dict.fromkeys((manifest.model, model)))
+        engine, metrics = _engine(folder, manifest, names[0], flags)
+    _serve(engine, metrics, sock, names, template, flags)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(0)
+
+
+def _chat_template(given: str | None) -> str | None:
+    """The source of the template, which must be valid Jinja; text that cannot be a path is the template itself."""
+    if given is None:
+        return None
+    from distaff.runtime.chat_template import ChatTemplate
+
+    source = given if "{" in given else Path(given).read_text()
+    ChatTemplate(source, {})
+    return source
+
+
+def _artifact(model: str, flags: dict[str, Any]) -> tuple[Path, Manifest]:
+    from distaff.compiler.artifact import Manifest
+    from distaff.runtime.errors import EngineConfigError
+    from distaff.tools.compile_on_demand import artifact_for
+
+    options = {
+        "dtype": None if flags["dtype"] == "auto" else flags["dtype"],
+        "page_size": flags["block_size"],
+        "max_model_len": flags["max_model_len"],
+        "max_batch": flags["max_num_seqs"],
+        "max_step_tokens": flags["max_num_batched_tokens"],
+    }
+    folder = artifact_for(model, **{name: value for name, value in options.items() if value is not None})
+    manifest = Manifest.load(folder)
+    for flag, name in (("--dtype", "dtype"), ("--block-size", "page_size")):
+        compiled = getattr(manifest, name)
+        if options[name] not in (None, compiled):
+            raise EngineConfigError(f"{flag} is {options[name]}, but {folder} was compiled with {compiled}")
+    return folder, manifest
+
+
+def _engine(folder: Path, manifest: Manifest, name: str, flags: dict[str, Any]) -> tuple[Engine, PrometheusStatLogger]:
+    from distaff.runtime.config import EngineConfig
+    from distaff.runtime.engine import Engine
+    from distaff.runtime.server import PrometheusStatLogger
+    from distaff.runtime.tokenizer import Tokenizer
+
+    metrics = PrometheusStatLogger(name, flags["max_model_len"] or manifest.max_model_len)
+    same = (
+        "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_waiting", "enable_prefix_caching",
+        "enable_chunked_prefill", "long_prefill_token_threshold", "scheduling_policy", "max_logprobs", "seed",
+        "forbid_compiles", "warm_up",
+    )  # fmt: skip
+    config = EngineConfig(
+        num_pages=flags["num_gpu_blocks_override"],
+        kv_cache_bytes=flags["kv_cache_memory_bytes"],
+        progress=sys.stderr.isatty(),
+        **{flag: flags[flag] for flag in same},
+    )
+    tokenizer = None if flags["tokenizer"] is None else Tokenizer.load(flags["tokenizer"])
+    return Engine(folder, config, tokenizer=tokenizer, stat_loggers=[metrics]), metrics
+
+
+def _serve(
+    engine: Engine,
+    metrics: PrometheusStatLogger,
+    sock: socket.socket,
+    names: tuple[str, ...],
+    template: str | None,
+    flags: dict[str, Any],
+) -> None:
+    from distaff.runtime.async_engine import AsyncEngine
+    from distaff.runtime.server import ServerConfig, build_app, serve
+
+    same = (
+        "trust_request_chat_template", "return_tokens_as_token_ids", "enable_log_requests", "allowed_origins",
+        "allowed_methods", "allowed_headers", "allow_credentials", "root_path", "max_body_bytes",
+    )  # fmt: skip
+    config = ServerConfig(
+        served_model_names=names,
+        api_keys=flags["api_key"],
+        chat_template=template,
+        use_generation_config=flags["generation_config"] == "auto",
+        priority_scheduling=flags["scheduling_policy"] == "priority",
+        shutdown_grace_seconds=flags["shutdown_timeout"],
+        **{flag: flags[flag] for flag in same},
+    )
+    asynchronous = AsyncEngine(engine)
+    serve(
+        build_app(asynchronous, config, metrics),
+        asynchronous,
+        config,
+        [sock],
+        log_level=flags["uvicorn_log_level"],
+        access_log=not flags["disable_uvicorn_access_log"],
+    )
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turns the errors that a user can do something about into one message on stderr and an exit code."""
+    from distaff.compiler.artifact import ArtifactError
+    from distaff.compiler.buckets import BucketError
+    from distaff.compiler.errors import CompileError
+    from distaff.frontend.loading import CheckpointError
+    from distaff.frontend.models import ConfigError
+    from distaff.runtime.errors import ChatTemplateError, EngineConfigError, TokenizerError
+    from distaff.runtime.executables import CompileForbiddenError
+    from distaff.runtime.platforms import MemoryTooSmallError
+
+    try:
+        yield
+    except (EngineConfigError, BucketError) as error:
+        _fail(error, USAGE)
+    except (
+        ArtifactError,
+        ChatTemplateError,
+        CheckpointError,
+        CompileError,
+        CompileForbiddenError,
+        ConfigError,
+        MemoryTooSmallError,
+        OSError,
+        TokenizerError,
+    ) as error:
+        _fail(error, OTHER)
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
+    click.echo(f"error: {error}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
