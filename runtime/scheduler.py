@@ -173,7 +173,12 @@ class Scheduler:
         insort(self.waiting, request, key=_BY_RANK)
 
     def finish(self, request_id: str, status: RequestStatus, stop_reason: StopReason = None) -> Request | None:
-        """Ends a request in whatever state and returns it; None if there is none of that id (any more)."""
+        """Ends a request in whatever state and returns it; None if there is none of that id (any more).
+
+        Raises ValueError if ``status`` is not final.
+        """
+        if not status.is_finished:
+            raise ValueError(f"a request cannot finish as {status.name}: {status.name} is not final")
         request = self._requests.get(request_id)
         if request is None:
             return None
