@@ -100,14 +100,15 @@ class Sampler:
         for token_id, value in (params.logit_bias or {}).items():
             bias[token_id] += value
         counts = np.bincount(np.array(request.output_token_ids, np.int64), minlength=size).astype(np.int32)
-        return SamplerState(*(jnp.asarray(array) for array in (counts, in_prompt, bias, ends)))
+        arrays: list[Any] = [counts, in_prompt, bias, ends]
+        return SamplerState(*arrays)
 
     def _allocated(self) -> SamplerState:
         """The state; made when a request first needs it, because with large vocabularies it is not small."""
         if self._state is None:
-            self._state = SamplerState(
-                *(jnp.zeros(leaf.shape, leaf.dtype) for leaf in self._abstract_state(self._max_rows))
-            )
+            shapes = self._abstract_state(self._max_rows)
+            # Uploaded, because zeros made on the device would be one more program to compile.
+            self._state = SamplerState(*(jax.device_put(np.zeros(leaf.shape, leaf.dtype)) for leaf in shapes))
         return self._state
 
     def sample(self, logits: jax.Array, rows: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> jax.Array:
@@ -125,10 +126,10 @@ class Sampler:
         padded[: len(rows)] = rows
         ints = self._ints[padded]
         ints[: len(rows), 1] = positions
-        packed = SamplingRows(cast(jax.Array, self._floats[padded]), cast(jax.Array, ints))
+        packed: list[Any] = [self._floats[padded], ints]
         if method == Method.RANDOM:
-            return cast(jax.Array, program(logits, packed))
-        tokens, self._state = program(logits, packed, self._allocated())
+            return cast(jax.Array, program(logits, SamplingRows(*packed)))
+        tokens, self._state = program(logits, SamplingRows(*packed), self._allocated())
         return cast(jax.Array, tokens)
 
     def logprobs(self, logits: jax.Array, tokens: jax.Array | npt.NDArray[np.int32]) -> TokenLogprobs:
