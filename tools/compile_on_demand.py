@@ -104,16 +104,15 @@ def compile_loaded(
     )
 
 
-def artifact_for(model: str, *, cache: Path | None = None, progress: Progress | None = None, **options: Any) -> Path:
-    """The artifact folder of ``model``: itself if it is one, else compiled once and kept in ``cache``.
+def artifact_for(model: str, *, progress: Progress | None = None, **options: Any) -> Path:
+    """The artifact folder of ``model``: itself if it is one, else compiled once and kept in `cache_folder`.
 
-    ``options`` are the fields of `CompileOptions`. ``cache`` is `default_cache` unless given. A process that wants what
-    another is compiling waits for it. Raises the errors of the loader and of the compiler.
+    ``options`` are the fields of `CompileOptions`. A process that wants what another is compiling waits for it. Raises the errors of the loader and of the compiler.
     """
     if (Path(model) / MANIFEST).is_file():
         return Path(model)
     wanted = CompileOptions(**options)
-    artifact = (cache or default_cache()) / "artifacts" / f"{_file_name(model)}-{_key(model, wanted)}"
+    artifact = cache_folder() / "artifacts" / f"{_file_name(model)}-{_key(model, wanted)}"
     if not (artifact / MANIFEST).is_file():
         artifact.parent.mkdir(parents=True, exist_ok=True)
         with _locked(artifact.with_name(f"{artifact.name}.lock")):
@@ -122,11 +121,9 @@ def artifact_for(model: str, *, cache: Path | None = None, progress: Progress | 
     return artifact
 
 
-def default_cache() -> Path:
-    """``$DISTAFF_CACHE``, or ``distaff`` in the user's cache folder."""
-    if configured := os.environ.get("DISTAFF_CACHE"):
-        return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distaff"
+def cache_folder() -> Path:
+    """``$DISTAFF_CACHE``, or ``~/.cache/distaff``."""
+    return Path(os.environ.get("DISTAFF_CACHE") or "~/.cache/distaff").expanduser()
 
 
 def _file_name(model: str) -> str:

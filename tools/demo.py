@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -37,9 +38,10 @@ class DemoError(Exception):
 def main(cache: Path, model: str, question: str) -> None:
     """Runs the demo; exit code 0 only if an answer came."""
     console = Console()
+    os.environ["DISTAFF_CACHE"] = str(cache.resolve())  # for the download of the model and for the artifact
     try:
         console.print(f"[bold]1. compile[/] {model} (the first time takes a minute)")
-        artifact = artifact_for(model, cache=cache)
+        artifact = artifact_for(model)
         console.print(f"   artifact: {artifact}")
         console.print("[bold]2. serve[/]")
         log = artifact.parent / "demo-server.log"

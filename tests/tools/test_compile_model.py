@@ -1,22 +1,20 @@
-import dataclasses
-import json
 import multiprocessing
-import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import distaff.frontend.loading as loading
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from tiny_step import one_request
+
+import distaff.frontend.loading as loading
 from distaff.compiler.artifact import Manifest
 from distaff.runtime.model_runner import ModelRunner
 from distaff.tools import compile_model, compile_on_demand
 from distaff.tools.compile_on_demand import artifact_for
-from tiny_step import one_request
 
 VOCAB, WIDTH, HEADS = 64, 32, 4
 SMALL = ["--max-model-len", "48", "--buckets", "decode=2 mixed=8x2", "--page-size", "4"]
@@ -60,7 +58,7 @@ def loaded(**changes):
 
 
 @pytest.fixture
-def loads(monkeypatch):
+def loads(monkeypatch, tmp_path):
     """Puts a toy model in the place of checkpoints; the list tells what was loaded."""
     calls = []
 
@@ -73,6 +71,7 @@ def loads(monkeypatch):
         return loaded()
 
     monkeypatch.setattr(loading, "load_model", load_model)
+    monkeypatch.setenv("DISTAFF_CACHE", str(tmp_path))
     return calls
 
 
@@ -142,14 +141,14 @@ OPTIONS = {"max_model_len": 48, "buckets": "mixed=8x2", "page_size": 4}
 
 
 def test_on_demand_compiles_once_per_set_of_options(tmp_path, loads):
-    first = artifact_for("toy", cache=tmp_path, **OPTIONS)
+    first = artifact_for("toy", **OPTIONS)
     assert Manifest.load(first).fingerprint == "abc"
-    assert artifact_for("toy", cache=tmp_path, **OPTIONS) == first
+    assert artifact_for("toy", **OPTIONS) == first
     assert len(loads) == 1
-    other = artifact_for("toy", cache=tmp_path, **{**OPTIONS, "page_size": 8})
+    other = artifact_for("toy", **{**OPTIONS, "page_size": 8})
     assert other != first
     assert len(loads) == 2
-    assert artifact_for(str(first), cache=tmp_path) == first
+    assert artifact_for(str(first)) == first
 
 
 def test_on_demand_sees_a_changed_checkpoint(tmp_path):
@@ -165,16 +164,8 @@ def test_on_demand_sees_a_changed_checkpoint(tmp_path):
 
 def test_on_demand_leaves_nothing_of_a_failure(tmp_path, loads):
     with pytest.raises(loading.CheckpointError):
-        artifact_for("broken", cache=tmp_path)
+        artifact_for("broken")
     assert [file.suffix for file in (tmp_path / "artifacts").iterdir()] == [".lock"]
-
-
-def test_cache_folder_follows_the_environment(monkeypatch):
-    monkeypatch.setenv("DISTAFF_CACHE", "/somewhere")
-    assert compile_on_demand.default_cache() == Path("/somewhere")
-    monkeypatch.delenv("DISTAFF_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert compile_on_demand.default_cache() == Path("/xdg/distaff")
 
 
 def _hold(file: str, seconds: float) -> None:
