@@ -1,0 +1,365 @@
+"""Interval analysis of attention bodies over blocks of the (query, key) grid.
+
+An `Interval` bounds a value over all cells of each block and over all its other dimensions together. Functions of
+positions are affine forms of the two positions plus a bounded remainder, so that ``i - j < w`` is decided for whole
+bands of distances; rounding of floating-point positions and integer overflow widen the remainder.
+
+*Data* (values computed from token data or from float weights) are unknown. One assumption makes masks provable:
+ordinary data stay within ``+-BOUND`` under every operation, as attention scores do. What leaves that range does so
+because of a mask value. ``live`` marks data that can carry information in every cell of the block: not merged with a
+mask that some cells may have and others not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from distaff.compiler.analysis import interval_arithmetic as arithmetic
+from distaff.compiler.analysis.blocks import Blocks, Bools, Floats
+from distaff.compiler.analysis.interval_arithmetic import BOUND, Bounds
+from distaff.compiler.analysis.position_tables import PositionTable
+from distaff.compiler.ir import Node, Sym, Value
+from distaff.compiler.ir.types import KEY, QUERY
+
+_LARGEST_CONSTANT = 65_536  # elements; larger arrays without positions are weights and treated as data
+_NONE = np.zeros(1, np.bool_)
+_ALL = np.ones(1, np.bool_)
+_FLOAT_INFO: Any = jnp.finfo  # untyped in jax
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Interval:
+    """``q * query + k * key + [lo, hi]``, with one ``lo``, ``hi`` and ``live`` a block (or one for all of them).
+
+    ``data`` says whether the value depends on token data (then ``q`` and ``k`` are 0); ``integral`` whether it is a
+    whole number; a float one is exact as long as its dtype can hold it.
+    """
+
+    lo: Floats
+    hi: Floats
+    q: float = 0.0
+    k: float = 0.0
+    data: bool = False
+    live: Bools = dataclasses.field(default_factory=lambda: _NONE)
+    integral: bool = False
+
+    def bounds(self, blocks: Blocks) -> Bounds:
+        """Lowest and highest value over each block."""
+        if not self.q and not self.k:
+            return self.lo, self.hi
+        low, high = blocks.span(self.q, self.k)
+        return low + self.lo, high + self.hi
+
+    def plain(self, blocks: Blocks) -> Interval:
+        """The same without an affine part."""
+        low, high = self.bounds(blocks)
+        return dataclasses.replace(self, lo=low, hi=high, q=0.0, k=0.0)
+
+
+def _defined(low: Floats, high: Floats) -> Bounds:
+    """Bounds in which NaN, nothing known, is replaced by infinities."""
+    undefined = np.isnan(low) | np.isnan(high)
+    return (np.where(undefined, -np.inf, low), np.where(undefined, np.inf, high)) if undefined.any() else (low, high)
+
+
+def ordinary_data(dtype: np.dtype[Any]) -> Interval:
+    """Unknown token data of a dtype."""
+    low = 0.0 if dtype == np.bool_ or dtype.kind == "u" else -BOUND
+    high = 1.0 if dtype == np.bool_ else BOUND
+    return Interval(np.full(1, low), np.full(1, high), data=True, live=_ALL)
+
+
+def constant(value: Value) -> Interval | PositionTable:
+    """Bounds of a constant, weight or table; float weights and very large or abstract arrays count as data."""
+    array = known_array(value)
+    dims = {d.axis: i for i, d in enumerate(value.type.shape) if isinstance(d, Sym)}
+    if array is None or not array.size or (not dims and array.size > _LARGEST_CONSTANT):
+        return ordinary_data(value.type.dtype)
+    if dims:
+        return PositionTable(array, dims, dict.fromkeys(dims, 0))
+    low, high = np.full(1, array.min(), np.float64), np.full(1, array.max(), np.float64)
+    return Interval(*_defined(low, high), integral=array.dtype.kind in "biu" or bool((array == np.round(array)).all()))
+
+
+def known_array(value: Value) -> np.ndarray[Any, Any] | None:
+    """The array behind a constant or table as NumPy (bfloat16 widened), or None if its numbers may not be used."""
+    if value.data is None or (value.name and value.type.dtype.kind not in "biu"):
+        return None  # weights may be replaced or quantised after the proof
+    try:
+        array = np.asarray(value.data)
+    except TypeError:  # a traced or abstract array
+        return None
+    if array.dtype == object:
+        return None
+    return array if array.dtype.kind in "biuf" else array.astype(np.float64)
+
+
+def token_slice(node: Node) -> PositionTable | None:
+    """The table that ``table[start : start + S]`` reads, if the node is such a slice of a known constant."""
+    (source,) = node.inputs
+    limits, starts = node.params["limit_indices"], node.params["start_indices"]
+    dims = {limit.axis: i for i, limit in enumerate(limits) if isinstance(limit, Sym)}
+    array = known_array(source)
+    if source.type.token_dims or not dims or array is None or any(s != 1 for s in node.params["strides"] or ()):
+        return None
+    return PositionTable(array, dims, {axis: int(starts[i]) for axis, i in dims.items()})
+
+
+def from_table(table: PositionTable, blocks: Blocks) -> Interval:
+    """A table over each block."""
+    low, high, slopes = table.bounds(blocks)
+    return Interval(low, high, slopes.get(QUERY, 0.0), slopes.get(KEY, 0.0), integral=table.integral)
+
+
+def transfer(node: Node, args: Sequence[Interval], blocks: Blocks) -> list[Interval]:
+    """The results of a node that neither reduces nor contracts a token dimension."""
+    if node.op in _IDENTITY:
+        return [args[0]] * len(node.outputs)
+    if node.op in _SPECIAL:
+        results = [_SPECIAL[node.op](node, args, blocks)] * len(node.outputs)
+    elif node.op in _LINEAR and (linear := _LINEAR[node.op](args)) is not None:
+        results = [linear]
+    else:
+        results = [_generic(node, args, blocks)] * len(node.outputs)
+    return [_representable(node, i, r, blocks) for i, r in enumerate(results)]
+
+
+# Data movement that cannot change bounds taken over all other dimensions.
+_IDENTITY = frozenset(
+    """broadcast_in_dim reshape transpose squeeze expand_dims slice dynamic_slice rev split reduce_max
+    reduce_min reduce_and reduce_or reduce_precision copy copy_p stop_gradient optimization_barrier real""".split()
+)
+
+
+def _iota(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
+    size = node.outputs[0].type.shape[node.params["dimension"]]
+    zero = np.zeros(1)
+    if isinstance(size, Sym):
+        return Interval(zero, zero, float(size.axis == QUERY), float(size.axis == KEY), integral=True)
+    return Interval(zero, zero + max(size - 1, 0), integral=True)
+
+
+def _add(args: Sequence[Interval]) -> Interval | None:
+    a, b = args
+    if a.data or b.data:
+        return None
+    low, high = _defined(a.lo + b.lo, a.hi + b.hi)
+    return Interval(low, high, a.q + b.q, a.k + b.k, integral=a.integral and b.integral)
+
+
+def _neg(args: Sequence[Interval]) -> Interval | None:
+    (a,) = args
+    return None if a.data else Interval(-a.hi, -a.lo, -a.q, -a.k, integral=a.integral)
+
+
+def _sub(args: Sequence[Interval]) -> Interval | None:
+    negative = _neg(args[1:])
+    return None if negative is None else _add((args[0], negative))
+
+
+def _mul(args: Sequence[Interval]) -> Interval | None:
+    """Affine only if one factor is one known number."""
+    for a, b in (args, args[::-1]):
+        known = not b.data and not b.q and not b.k and b.lo.size == 1 and (b.lo == b.hi).all()
+        if known and np.isfinite(b.lo[0]) and not a.data and (a.q or a.k):
+            c = float(b.lo[0])
+            low, high = _defined(*arithmetic.product((a.lo, a.hi), (b.lo, b.hi)))
+            return Interval(low, high, c * a.q, c * a.k, integral=a.integral and b.integral)
+    return None
+
+
+def _convert(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
+    """Casts keep values; to integers they truncate, to booleans they ask for non-zero."""
+    (a,) = args
+    source, target = node.inputs[0].type.dtype, node.outputs[0].type.dtype
+    if target == np.bool_ and source != np.bool_:
+        low, high = arithmetic.not_equal(a.bounds(blocks), (np.zeros(1), np.zeros(1)))
+        return Interval(low, high, data=a.data, live=a.live & (low < high), integral=True)
+    if target.kind in "iu" and not a.integral:
+        low, high = a.bounds(blocks)
+        return Interval(np.trunc(low), np.trunc(high), data=a.data, live=a.live, integral=True)
+    return a
+
+
+def _select(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
+    predicate, cases = args[0], args[1:]
+    first, last = predicate.bounds(blocks)
+    if first.size and (first == last).all() and (first == first[0]).all():
+        return cases[int(first[0])]
+    affine = {(c.q, c.k) for c in cases}
+    if len(affine) > 1:
+        cases = [c.plain(blocks) for c in cases]
+    low: Any = np.inf
+    high: Any = -np.inf
+    chosen_live, all_live, all_settled = _NONE, _ALL, _ALL
+    for i, case in enumerate(cases):
+        possible = (first <= i) & (i <= last)
+        low = np.minimum(low, np.where(possible, case.lo, np.inf))
+        high = np.maximum(high, np.where(possible, case.hi, -np.inf))
+        chosen_live = chosen_live | (possible & case.live)
+        all_live = all_live & (~possible | case.live)
+        all_settled = all_settled & (~possible | (case.live if case.data else case.lo == case.hi))
+    undecided_live = all_live | (predicate.live & all_settled)
+    live = np.where(first == last, chosen_live, undecided_live) & (low < high)
+    q, k = affine.pop() if len(affine) == 1 else (0.0, 0.0)
+    return Interval(low, high, q, k, data=any(a.data for a in args), live=live, integral=all(c.integral for c in cases))
+
+
+def _join(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
+    """Parts put side by side along another dimension."""
+    parts = [a.plain(blocks) for a in args]
+    low, high = parts[0].lo, parts[0].hi
+    live = parts[0].live
+    for part in parts[1:]:
+        low, high, live = np.minimum(low, part.lo), np.maximum(high, part.hi), live & part.live
+    return Interval(low, high, data=any(p.data for p in parts), live=live, integral=all(p.integral for p in parts))
+
+
+def _gather(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
+    """Any element of the operand; of a constant only if the indices lie in its bounds (outside it reads as NaN)."""
+    source, index = args[0].plain(blocks), args[1]
+    shape, sizes = node.inputs[0].type.shape, node.params["slice_sizes"]
+    indexed = node.params["dimension_numbers"].start_index_map
+    room = [n - sizes[i] for i in indexed if not isinstance(n := shape[i], Sym)]
+    first, last = index.bounds(blocks)
+    inside = (first >= 0) & (last <= min(room, default=-1))
+    if source.data or "CLIP" in str(node.params["mode"]).upper():
+        return source
+    return Interval(np.where(inside, source.lo, -np.inf), np.where(inside, source.hi, np.inf), integral=source.integral)
+
+
+def contract(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
+    """The products that a ``dot_general`` adds up."""
+    return _finish(node, "mul", args, arithmetic.product(args[0].bounds(blocks), args[1].bounds(blocks)), blocks)
+
+
+def _dot(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
+    terms = contract(node, args, blocks)
+    (dims, _), _ = node.params["dimension_numbers"]
+    shape = node.inputs[0].type.shape
+    return _times(terms, [shape[d] for d in dims])
+
+
+def _reduce_sum(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
+    shape = node.inputs[0].type.shape
+    return _times(args[0].plain(blocks), [shape[d] for d in node.params["axes"]])
+
+
+def _times(terms: Interval, dims: Sequence[Any]) -> Interval:
+    """A sum over static dimensions; sums of ordinary data are ordinary."""
+    count = float(np.prod([d for d in dims if not isinstance(d, Sym)], initial=1.0))
+    low, high = terms.lo * count, terms.hi * count
+    if terms.data:
+        low = np.where(terms.lo >= -BOUND, np.maximum(low, -BOUND), low)
+        high = np.where(terms.hi <= BOUND, np.minimum(high, BOUND), high)
+    return dataclasses.replace(terms, lo=low, hi=high)
+
+
+_SPECIAL: dict[str, Any] = {
+    "iota": _iota,
+    "convert_element_type": _convert,
+    "select_n": _select,
+    "concatenate": _join,
+    "pad": _join,
+    "sort": _join,
+    "gather": _gather,
+    "dot_general": _dot,
+    "reduce_sum": _reduce_sum,
+}
+_LINEAR: dict[str, Any] = {"add": _add, "add_any": _add, "sub": _sub, "neg": _neg, "mul": _mul}
+_COMPARISONS = {
+    "eq": arithmetic.equal,
+    "ne": arithmetic.not_equal,
+    "lt": arithmetic.less,
+    "le": arithmetic.less_equal,
+    "gt": arithmetic.greater,
+    "ge": arithmetic.greater_equal,
+}
+
+
+def _generic(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
+    """Comparisons of positions keep what they have in common; all else is arithmetic on bounds."""
+    if node.op in _COMPARISONS and (difference := _sub(args)) is not None:
+        low, high = difference.bounds(blocks)
+        return Interval(*_COMPARISONS[node.op]((low, high), (np.zeros(1), np.zeros(1))), integral=True)
+    bounds = [a.bounds(blocks) for a in args]
+    if node.op in _COMPARISONS:
+        return _finish(node, node.op, args, _COMPARISONS[node.op](*bounds), blocks)
+    return _finish(node, node.op, args, arithmetic.apply(node, bounds, divisor_is_data=args[-1].data), blocks)
+
+
+def _finish(node: Node, op: str, args: Sequence[Interval], result: Bounds | None, blocks: Blocks) -> Interval:
+    """Adds to the bounds what follows from the operands: ordinary data stay ordinary, and which data stay live."""
+    data = any(a.data for a in args)
+    bounds = [a.bounds(blocks) for a in args]
+    ordinary = [(low >= -BOUND) & (high <= BOUND) for low, high in bounds]
+    low, high = (np.full(1, -np.inf), np.full(1, np.inf)) if result is None else result
+    low, high = _defined(low, high)
+    if not data:
+        integral = op in _WHOLE or (op in _WHOLE_OF_WHOLE and all(a.integral for a in args))
+        return Interval(low, high, integral=integral or node.outputs[0].type.dtype.kind in "biu")
+    all_ordinary = np.logical_and.reduce(np.broadcast_arrays(*ordinary))
+    low = np.where(all_ordinary, np.maximum(low, -BOUND), low)
+    high = np.where(all_ordinary, np.minimum(high, BOUND), high)
+    live = low < high
+    within = (low >= -BOUND) & (high <= BOUND)
+    for arg, (first, last), fits in zip(args, bounds, ordinary, strict=True):
+        live = live & (arg.live if arg.data else _harmless(op, first, last, fits, within))
+    return Interval(low, high, data=True, live=live)
+
+
+_WHOLE = frozenset({"floor", "ceil", "round", "sign"})
+_WHOLE_OF_WHOLE = frozenset({"add", "sub", "mul", "neg", "max", "min", "abs", "clamp", "square", "rem"})
+
+
+def _harmless(op: str, low: Floats, high: Floats, ordinary: Bools, result_ordinary: Bools) -> Bools:
+    """Whether an operand that depends on positions lets the data through in every cell of the block."""
+    harmless: Bools = low == high
+    if op in ("add", "sub", "add_any"):
+        harmless = ordinary | result_ordinary
+    elif op in ("mul", "div"):
+        harmless = ordinary & ((low > 0) | (high < 0))
+    elif op == "and":
+        harmless = (low == 1) & (high == 1)
+    elif op == "or":
+        harmless = (low == 0) & (high == 0)
+    return harmless
+
+
+def _representable(node: Node, i: int, value: Interval, blocks: Blocks) -> Interval:
+    """Widens functions of positions by what their dtype cannot hold: overflow, rounding, flushed tiny numbers."""
+    dtype = node.outputs[i].type.dtype
+    if value.data or dtype == np.bool_ or dtype.kind == "c":
+        return value
+    low, high = value.bounds(blocks)
+    if dtype.kind in "iu":
+        whole = np.iinfo(dtype)
+        overflow = (low < whole.min) | (high > whole.max)
+        if not overflow.any():
+            return value
+        low, high = np.where(overflow, float(whole.min), low), np.where(overflow, float(whole.max), high)
+        return Interval(low, high, integral=True)
+    if node.op not in _ROUNDED:
+        return value
+    limits = _FLOAT_INFO(dtype)
+    size = np.maximum(np.abs(low), np.abs(high))
+    if value.integral and (size <= 2.0 ** (limits.nmant + 1)).all():
+        return value
+    slack = np.where(np.isfinite(size), size, 0.0) * float(limits.eps)
+    low, high = value.lo - slack, value.hi + slack
+    if not value.q and not value.k:
+        tiny, largest = float(limits.tiny), float(limits.max)
+        low = np.where((low > 0) & (low < tiny), 0.0, np.where(low < -largest, -np.inf, low))
+        high = np.where((high < 0) & (high > -tiny), 0.0, np.where(high > largest, np.inf, high))
+    return dataclasses.replace(value, lo=low, hi=high, integral=False)
+
+
+_ROUNDED = frozenset(
+    """add add_any sub mul div convert_element_type exp exp2 expm1 log log1p pow integer_pow sqrt rsqrt
+    cbrt tanh logistic sin cos tan dot_general reduce_sum square erf erfc""".split()
+)
