@@ -20,26 +20,29 @@ logger = logging.getLogger(__name__)
 _ABORT_SECONDS = 5.0  # after the grace period, for aborted requests to end their responses
 
 
+class BindError(OSError):
+    """The address to listen on is taken, unknown or not allowed."""
+
+
 def bind(host: str, port: int, uds: str | None = None) -> socket.socket:
     """A bound socket, not yet listening: for TCP (port 0 takes a free one), or for a Unix path if ``uds`` is given.
 
-    Bound before the model is loaded, so that a taken port is found at once. Raises `OSError`.
+    To be called before the model is loaded, so that a taken port is found at once. Raises `BindError`.
     """
     if uds is not None:
-        if os.path.exists(uds) and stat.S_ISSOCK(os.stat(uds).st_mode):
-            os.unlink(uds)  # left by a server before
-        unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        unix.bind(uds)
-        return unix
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    tcp = socket.socket(family, socket.SOCK_STREAM)
-    tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock = socket.socket(socket.AF_UNIX)
+    else:
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        tcp.bind((host, port))
-    except OSError:
-        tcp.close()
-        raise
-    return tcp
+        if uds is not None and os.path.exists(uds) and stat.S_ISSOCK(os.stat(uds).st_mode):
+            os.unlink(uds)  # left by a server before
+        sock.bind((host, port) if uds is None else uds)
+    except OSError as error:
+        sock.close()
+        where = uds or f"{host}, port {port}"
+        raise BindError(f"cannot listen on {where}: {error.strerror or error}; choose another address") from None
+    return sock
 
 
 def url(sock: socket.socket) -> str:
