@@ -1,0 +1,56 @@
+"""The real checkpoint, compiled once for all end-to-end tests, and transformers on the same weights as the judge."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distaff.compiler import compile_model
+from distaff.compiler.buckets import parse_buckets
+from distaff.frontend.loading import load_model
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct in float32, from the packaged GGUF file."""
+    return load_model("smollm2-135m", dtype="float32", progress=False)
+
+
+@pytest.fixture(scope="session")
+def smollm2_artifact(smollm2, tmp_path_factory) -> Path:
+    """The compiled model, with few programs: what is tested is what they compute, not how fast."""
+    folder = tmp_path_factory.mktemp("smollm2") / "artifact"
+    compile_model(
+        smollm2.apply,
+        smollm2.params,
+        output=folder,
+        max_model_len=512,
+        name=smollm2.name,
+        architecture=smollm2.architecture,
+        page_size=16,
+        buckets=parse_buckets("decode=1,20 mixed=64x20 scoring=64x20"),
+        eos_token_ids=smollm2.eos_token_ids,
+        bos_token_id=smollm2.bos_token_id,
+        tokenizer=smollm2.tokenizer,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(smollm2):
+    """``reference(token_ids) -> float32 logits [S, vocab]`` of transformers on the same GGUF weights."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from distaff.frontend.loading.demo_model import find_demo_model
+
+    path = find_demo_model()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        os.fspath(path.parent), gguf_file=path.name, dtype=torch.float32
+    ).eval()
+
+    def logits(token_ids: list[int]) -> np.ndarray:
+        with torch.no_grad():
+            return model(torch.tensor([token_ids])).logits[0].float().numpy()
+
+    return logits
