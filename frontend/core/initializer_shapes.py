@@ -18,8 +18,8 @@ Shapes: TypeAlias = tuple[tuple[Any, ...], ...]
 F = TypeVar("F", bound=Callable[..., Any])
 
 _known: weakref.WeakKeyDictionary[Callable[..., Any], dict[Any, Shapes]] = weakref.WeakKeyDictionary()
-# JAX's initialisers are closures made in one module; each returns an array of the shape that is its second argument.
-_jax_initializers = jax.nn.initializers.zeros.__module__
+# Of JAX's initialisers, the functions and the closures. Each makes the shape that is its second argument.
+_JAX_MODULES = frozenset({jax.nn.initializers.zeros.__module__, jax.nn.initializers.normal().__module__})
 
 
 def makes_requested_shape(init_fn: F) -> F:
@@ -30,7 +30,7 @@ def makes_requested_shape(init_fn: F) -> F:
 
 def initializer_shapes(init_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shapes:
     """The shapes of the leaves of ``init_fn(key, *args, **kwargs)``."""
-    trusted = getattr(init_fn, "__module__", None) == _jax_initializers or hasattr(init_fn, "makes_requested_shape")
+    trusted = getattr(init_fn, "__module__", None) in _JAX_MODULES or hasattr(init_fn, "makes_requested_shape")
     shape = args[0] if args else kwargs.get("shape")
     if trusted and isinstance(shape, tuple | list):
         return (tuple(shape),)

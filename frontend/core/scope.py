@@ -74,7 +74,7 @@ class Scope:
     """
 
     __slots__ = (  # noqa: RUF023 (in the order of __init__)
-        "_variables", "rngs", "name", "mutable", "parent", "path", "debug_path", "flags", "root", "key_counters",
+        "_variables", "rngs", "name", "mutable", "parent", "path", "debug_path", "flags", "_root", "key_counters",
         "reservations", "adopted", "_invalid", "__weakref__",
     )  # fmt: skip
 
@@ -97,7 +97,7 @@ class Scope:
         self.path = path
         self.debug_path = debug_path or path
         self.flags: Mapping[str, Any] = flags or {}
-        self.root: Scope = parent.root if parent else self
+        self._root = parent.root if parent else None  # not self: that would be a reference cycle
         self.key_counters = KeyCounters()
         # Collections (None: a child scope) that have something of this name.
         self.reservations: dict[str, set[str | None]] = {}
@@ -118,6 +118,11 @@ class Scope:
 
     def __hash__(self) -> int:
         return hash((id(self.root._variables), self.path, id(self.key_counters)))
+
+    @property
+    def root(self) -> Scope:
+        """The scope at the top of the tree."""
+        return self._root or self
 
     @property
     def path_text(self) -> str:

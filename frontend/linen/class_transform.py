@@ -87,8 +87,8 @@ def wrap_methods(cls: type[Any], names: list[str]) -> None:
     fields = cls.__dict__["__dataclass_fields__"]
     for name in names:
         value = cls.__dict__.get(name)
-        is_method = callable(value) and hasattr(type(value), "__get__") and not isinstance(value, type)
-        if is_method and name not in fields and name not in _NEVER_WRAPPED and not hasattr(value, "nowrap"):
+        binds = hasattr(type(value), "__get__") and not isinstance(value, type | staticmethod | classmethod)
+        if callable(value) and binds and not hasattr(value, "nowrap") and name not in _NEVER_WRAPPED | set(fields):
             setattr(cls, name, wrap_method(value))  # type: ignore[arg-type]
 
 

@@ -29,4 +29,9 @@ def canonicalize_dtype(*args: Any, dtype: Dtype | None = None, inexact: bool = T
 def promote_dtype(*args: Any, dtype: Dtype | None = None, inexact: bool = True) -> list[Any]:
     """The arguments as arrays of one dtype, chosen by ``canonicalize_dtype``; None stays None."""
     dtype = canonicalize_dtype(*args, dtype=dtype, inexact=inexact)
-    return [None if x is None else jnp.asarray(x, dtype) for x in args]
+    return [x if x is None or _has_dtype(x, dtype) else jnp.asarray(x, dtype) for x in args]
+
+
+def _has_dtype(x: Any, dtype: Dtype) -> bool:
+    """Whether a conversion would do nothing; to know that is cheaper than to convert."""
+    return isinstance(x, jax.Array) and x.dtype == dtype and not x.weak_type

@@ -235,7 +235,7 @@ class Embed(Module):
             raise ValueError(f"Embed looks up integers, got an input of dtype {inputs.dtype}.")
         (embedding,) = self.promote_dtype(self.embedding, dtype=self.dtype, inexact=False)
         if self.num_embeddings == 1:  # no valid index but 0, and nothing to look up
-            return jnp.broadcast_to(embedding, (*inputs.shape, self.features))
+            return jnp.broadcast_to(embedding[0], (*inputs.shape, self.features))
         return jnp.take(embedding, inputs, axis=0)
 
     def attend(self, query: Array) -> Array:

@@ -1,0 +1,80 @@
+"""Comparison with Flax, where it is installed: the same program, with either library's ``nn``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from distaff.frontend import linen as nn
+
+
+@pytest.fixture(scope="session")
+def flax_nn() -> ModuleType:
+    return pytest.importorskip("flax.linen")
+
+
+@pytest.fixture(scope="session")
+def same_as_flax(flax_nn: ModuleType) -> Callable[..., Any]:
+    """Compare ``build`` of either library: variables exactly, outputs and gradients to float32 precision."""
+
+    def compare(
+        build: Callable[[Any], Any],
+        *args: Any,
+        rngs: Any = None,
+        mutable: Any = False,
+        gradients: bool = True,
+        rtol: float = 1e-6,
+        **kwargs: Any,
+    ) -> Any:
+        ours, theirs = build(nn), build(flax_nn)
+        keys = rngs or {"params": jax.random.key(7)}
+        variables = ours.init(keys, *args, **kwargs)
+        assert_same_tree(variables, theirs.init(keys, *args, **kwargs))
+        apply_keys = {name: jax.random.fold_in(key, 1) for name, key in keys.items() if name != "params"}
+        # Away from the initial values, so that scales and biases count.
+        moved = jax.tree.map(_moved, variables)
+
+        def run(module: Any, values: Any) -> Any:
+            return module.apply(values, *args, rngs=apply_keys, mutable=mutable, **kwargs)
+
+        assert_same_tree(run(ours, moved), run(theirs, moved), rtol=rtol)
+        if gradients and not mutable:
+            ours_gradient, theirs_gradient = (
+                jax.grad(lambda values, module=module: _scalar(run(module, values)), allow_int=True)(moved)
+                for module in (ours, theirs)
+            )
+            assert_same_tree(ours_gradient, theirs_gradient, rtol=100 * rtol)
+        return variables
+
+    return compare
+
+
+def _moved(x: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return x
+    return x + jnp.abs(jnp.sin(jnp.arange(x.size, dtype=jnp.float32))).reshape(x.shape).astype(x.dtype) / 4
+
+
+def _scalar(tree: Any) -> jax.Array:
+    return sum(jnp.sum(jnp.sin(jnp.real(x).astype(jnp.float32))) for x in jax.tree.leaves(tree))
+
+
+def assert_same_tree(ours: Any, theirs: Any, rtol: float = 0.0) -> None:
+    """The same structure, shapes and dtypes; the same values, or with ``rtol`` nearly, relative to the largest."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for path, mine in jax.tree_util.tree_leaves_with_path(ours):
+        other = dict(jax.tree_util.tree_leaves_with_path(theirs))[path]
+        assert jnp.shape(mine) == jnp.shape(other), path
+        assert jnp.result_type(mine) == jnp.result_type(other), path
+        if jnp.issubdtype(jnp.result_type(mine), jax.dtypes.prng_key) or jnp.result_type(mine) == jax.dtypes.float0:
+            continue
+        a, b = (np.asarray(x).astype(complex if np.iscomplexobj(x) else np.float64) for x in (mine, other))
+        low_precision = jnp.result_type(mine) in (jnp.bfloat16, jnp.float16)
+        tolerance = (0.02 if low_precision and rtol else rtol) * float(np.max(np.abs(b), initial=1e-6))
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance, err_msg=str(path))
