@@ -70,7 +70,7 @@ class AsyncEngine:
         self._streams: dict[str, _Stream] = {}  # touched by the engine's thread alone
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._lock = threading.Lock()  # between posting and dying, so that no post is lost
-        self._dead: EngineDeadError | None = None
+        self._dead: EngineDeadError | None = EngineDeadError("the engine was not started")
         self._errored = False
         self._stop_at: float | None = None
 
@@ -95,11 +95,12 @@ class AsyncEngine:
         return self._errored
 
     def stats(self) -> StepStats:
-        """Measurements of the latest step."""
+        """Measurements: counts of the latest step, queues and pages as they are now."""
         return self._engine.stats
 
     async def start(self) -> None:
-        """Starts the loop."""
+        """Starts the loop; to be called once."""
+        self._dead = None
         self._thread.start()
 
     async def shutdown(self, timeout: float = 0.0) -> None:

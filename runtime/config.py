@@ -16,9 +16,10 @@ class EngineConfig:
     ``max_model_len`` limits prompt plus output of a request, in tokens; ``max_num_seqs`` the requests in one step;
     ``max_num_batched_tokens`` the tokens in one step. ``num_pages`` or ``kv_cache_bytes`` size the KV pool.
     ``long_prefill_token_threshold`` caps a prompt's tokens a step while others wait (0: no cap). ``max_waiting`` limits
-    the queue (None: endless). ``seed`` starts the numbers that requests without a seed draw from. ``max_logprobs``
-    is the most top log-probabilities a request may ask for. With ``forbid_compiles`` serving raises where it would
-    have to compile; ``warm_up`` prepares every program before the first request, with a bar if ``progress``.
+    the queue (None: endless). ``seed`` starts the numbers that requests without a seed draw from. ``max_logprobs`` is
+    the most top log-probabilities a request may ask for (-1: as many as there are tokens). With ``forbid_compiles``
+    serving raises where it would have to compile; ``warm_up`` prepares every program before the first request, with a
+    bar if ``progress``.
     """
 
     max_model_len: int | None = None
@@ -39,6 +40,8 @@ class EngineConfig:
 
     def scheduler_config(self, manifest: Manifest) -> SchedulerConfig:
         """The limits with every None filled in; raises `EngineConfigError` naming the one that cannot be met."""
+        if self.max_waiting is not None and self.max_waiting < 1:
+            raise EngineConfigError(f"max_waiting is {self.max_waiting}; it must be at least 1, or None for no limit")
         return SchedulerConfig(
             max_num_seqs=_within("max_num_seqs", self.max_num_seqs, manifest.max_batch),
             max_num_batched_tokens=_within(
@@ -50,6 +53,12 @@ class EngineConfig:
             policy=self.scheduling_policy,
             enable_chunked_prefill=self.enable_chunked_prefill,
         )
+
+    def top_logprobs(self, manifest: Manifest) -> int:
+        """The most top log-probabilities of a request."""
+        if self.max_logprobs < -1:
+            raise EngineConfigError(f"max_logprobs is {self.max_logprobs}; it must be at least 0, or -1 for all tokens")
+        return manifest.vocab_size if self.max_logprobs == -1 else min(self.max_logprobs, manifest.vocab_size)
 
 
 def _within(name: str, wanted: int | None, limit: int) -> int:

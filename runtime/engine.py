@@ -70,7 +70,7 @@ class Engine:
             forbid_compiles=config.forbid_compiles,
             progress=config.progress,
         )
-        max_logprobs = min(config.max_logprobs, self.manifest.vocab_size)
+        max_logprobs = config.top_logprobs(self.manifest)
         self._completions: dict[str, Completion] = {}  # by the scheduler's request ids
         self._executor = StepExecutor(
             self._runner,
@@ -95,7 +95,7 @@ class Engine:
         self._serial = itertools.count()
         self._random = random.Random(config.seed)
         self._mean_seconds = 1.0  # from arrival to end, of recent requests
-        self.stats = StepStats()
+        self._last_step = StepStats()
         # Less than the configured length if the pool has no room for that.
         self.max_model_len = self._scheduler.max_len
         self._limits = ModelLimits(self.manifest.vocab_size, self.max_model_len, max_logprobs, tokenizer is not None)
@@ -118,6 +118,14 @@ class Engine:
     def has_unfinished(self) -> bool:
         """Whether `step` has anything left to do."""
         return bool(self._groups)
+
+    @property
+    def stats(self) -> StepStats:
+        """Measurements: counts of the latest step, queues and pages as they are now."""
+        now = self._scheduler.stats()
+        return dataclasses.replace(
+            self._last_step, running=now.running, waiting=self._num_waiting(), kv_usage=now.kv_usage
+        )
 
     def add_request(
         self,
@@ -168,14 +176,18 @@ class Engine:
             heapq.heappush(self._deadlines, (group.deadline, request_id))
 
     def _check_room(self, count: int) -> None:
-        limit = self.config.max_waiting
-        if limit is not None and self._num_waiting() + count > limit:
+        limit, places = self.config.max_waiting, self._scheduler.config.max_num_seqs
+        if limit is None:
+            return
+        waiting = self._num_waiting()
+        # Some of those in the queue only wait for the next step.
+        starting = min(waiting + count, places - len(self._scheduler.running))
+        if waiting + count - starting > limit:
             # A queue empties about as fast as a batch of requests ends.
-            batches = self._num_waiting() / self._scheduler.config.max_num_seqs
-            raise EngineOverloadedError(self._num_waiting(), min(60.0, max(1.0, batches * self._mean_seconds)))
+            raise EngineOverloadedError(waiting, min(60.0, max(1.0, waiting / places * self._mean_seconds)))
 
     def _num_waiting(self) -> int:
-        return self._scheduler.stats().waiting + sum(map(len, self._held.values()))
+        return len(self._scheduler.waiting) + sum(map(len, list(self._held.values())))
 
     def _submit(self, completion: Completion) -> None:
         self._completions[completion.request.request_id] = completion
@@ -205,7 +217,7 @@ class Engine:
             completion = self._completions[scheduled.request.request_id]
             if completion.first_scheduled is None:
                 completion.first_scheduled = began
-        result = self._executor.execute(plan.scheduled) if plan.scheduled else StepResult()
+        result = self._execute(plan)
         changed = self._apply(plan, result)
         by_group: dict[str, list[Completion]] = {}
         for completion in changed:
@@ -216,6 +228,19 @@ class Engine:
                 outputs.append(output)
         self._record_step(began, plan, result)
         return outputs
+
+    def _execute(self, plan: StepPlan) -> StepResult:
+        if not plan.scheduled:
+            return StepResult()
+        try:
+            return self._executor.execute(plan.scheduled)
+        except BaseException as error:
+            # An interrupt, say: these requests cannot go on, but the engine is whole when the caller handles it.
+            for scheduled in plan.scheduled:
+                completion = self._completions[scheduled.request.request_id]
+                self._end(completion, RequestStatus.FINISHED_ERROR, error=f"{type(error).__name__}: {error}")
+            self._scheduler.update(plan, {})
+            raise
 
     def _apply(self, plan: StepPlan, result: StepResult) -> list[Completion]:
         """Hands a step's results to the scheduler and to the completions; returns those that changed."""
@@ -293,10 +318,7 @@ class Engine:
     def _record_step(self, began: float, plan: StepPlan, result: StepResult) -> None:
         now, before = self._scheduler.stats(), self._scheduler_stats
         self._scheduler_stats = now
-        self.stats = StepStats(
-            running=now.running,
-            waiting=self._num_waiting(),
-            kv_usage=now.kv_usage,
+        self._last_step = StepStats(
             preemptions=now.preemptions - before.preemptions,
             prompt_tokens=plan.num_tokens - plan.num_decodes,
             generation_tokens=len(result.tokens),

@@ -8,9 +8,9 @@ the tokens that it samples. Log-probabilities are a program of their own, run on
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -173,7 +173,7 @@ class Sampler:
             jitted = jax.jit(device.sample_with_state, donate_argnums=2)
             return f"sample-stateful-{size}", jitted, [logits, rows, self._abstract_state(self._max_rows)]
         if kind == "logprobs":
-            jitted = jax.jit(partial(device.token_logprobs, top=self._top))
+            jitted = jax.jit(functools.partial(device.token_logprobs, top=self._top))
             return f"logprobs-{size}-top-{self._top}", jitted, [logits, _abstract((size,), jnp.int32)]
         jitted = jax.jit(device.write_row, donate_argnums=0)
         arguments = [self._abstract_state(self._max_rows), _abstract((), jnp.int32), self._abstract_state()]
@@ -188,6 +188,7 @@ def _abstract(shape: tuple[int, ...], dtype: Any) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+@functools.cache
 def _program_hash() -> str:
     """Identifies what the programs compute, so that stored ones can be found without tracing: their source."""
     return hashlib.sha256(Path(device.__file__).read_bytes()).hexdigest()

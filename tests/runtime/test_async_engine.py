@@ -168,6 +168,12 @@ async def test_reset_prefix_cache(serve):
     assert await engine.reset_prefix_cache()
 
 
+async def test_an_engine_that_was_not_started_says_so(serve):
+    engine = await serve()
+    with pytest.raises(EngineDeadError, match="not started"):
+        await collect(AsyncEngine(engine._engine), [5], ENDLESS, "r")
+
+
 async def test_death_reaches_everyone(serve):
     engine = await serve()
     tasks = [asyncio.create_task(collect(engine, [5, i], ENDLESS, str(i))) for i in range(4, 8)]

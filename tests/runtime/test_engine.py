@@ -288,6 +288,13 @@ def test_prompt_logprobs(make_engine, settings):
             assert entry[prompt[position]].logprob == pytest.approx(expected[prompt[position]], abs=1e-4)
 
 
+def test_all_logprobs(make_engine):
+    engine = make_engine(max_logprobs=-1)
+    engine.add_request("r", [5, 6], SamplingParams(max_tokens=1, logprobs=-1, prompt_logprobs=-1))
+    output = run(engine)["r"]
+    assert len(output.outputs[0].logprobs[0]) == VOCAB == len(output.prompt_logprobs[1])
+
+
 def test_prompt_logprobs_come_once_in_deltas(make_engine):
     engine = make_engine()
     params = SamplingParams(max_tokens=3, ignore_eos=True, prompt_logprobs=0, output_kind=RequestOutputKind.DELTA)
@@ -342,7 +349,7 @@ def test_timeouts_end_waiting_and_running_requests(make_engine):
 
 
 def test_refusals_change_nothing(make_engine):
-    engine = make_engine(max_waiting=3, max_model_len=32)
+    engine = make_engine(max_waiting=3, max_num_seqs=1, max_model_len=32)
     ok = GREEDY(max_tokens=2)
     engine.add_request("a", [5], ok)
     for error, words, request_id, prompt, params in [
@@ -355,11 +362,10 @@ def test_refusals_change_nothing(make_engine):
         (SamplingParamsError, "prompt_logprobs", "b", [5], GREEDY(prompt_logprobs=-1)),
         (SamplingParamsError, "logit_bias", "b", [5], GREEDY(logit_bias={VOCAB: 1})),
         (SamplingParamsError, "stop", "b", [5], GREEDY(stop="x")),
-        (EngineOverloadedError, "max_waiting", "b", [5], SamplingParams(n=3)),
     ]:
         with pytest.raises(error, match=words):
             engine.add_request(request_id, prompt, params)
-    with pytest.raises(EngineOverloadedError) as caught:
+    with pytest.raises(EngineOverloadedError, match="max_waiting") as caught:
         engine.add_request("b", [5], SamplingParams(n=4))
     assert 1 <= caught.value.retry_after <= 60 and caught.value.waiting == 1
     engine.add_request("cut", list(range(4, 60)), GREEDY(max_tokens=2, truncate_prompt_tokens=5))
@@ -370,11 +376,26 @@ def test_refusals_change_nothing(make_engine):
     engine.check_idle()
 
 
+def test_an_exception_in_a_step_leaves_the_engine_whole(make_engine):
+    engine = make_engine()
+    engine.add_request("hit", [5, 6, 7, 8, 9], GREEDY(max_tokens=4))
+    engine._runner.fail = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    engine.check_idle()
+    engine._runner.fail = None
+    engine.add_request("after", [5, 6, 7, 8, 9], GREEDY(max_tokens=4, ignore_eos=True))
+    assert tokens_of(run(engine)["after"]) == [plain_generate([5, 6, 7, 8, 9], 4, ignore_eos=True)]
+
+
 def test_settings_beyond_the_artifact_are_refused(make_engine):
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
         for value in (0, 10**6):
             with pytest.raises(EngineConfigError, match=name):
                 make_engine(**{name: value})
+    for wrong in ({"max_waiting": 0}, {"max_logprobs": -2}, {"scheduling_policy": "random"}):
+        with pytest.raises(EngineConfigError):
+            make_engine(**wrong)
 
 
 class Recorder:
