@@ -224,10 +224,10 @@ class _Search:
         blocks = samples
         while len(blocks):
             looks = self.evaluate(blocks)
-            for node, look in reversed([*zip(self.body.looks, looks, strict=True)]):
+            for node, look in zip(self.body.looks, looks, strict=True):
                 if look.live.any():
                     self.refuse_later_key(node, blocks[look.live], decided=True)
-            for node, look in reversed([*zip(self.body.looks, looks, strict=True)]):
+            for node, look in zip(self.body.looks, looks, strict=True):
                 if (stuck := ~look.dead & blocks.is_cell).any():
                     self.refuse_later_key(node, blocks[stuck], decided=False)
             self.finite = [f or bool(look.finite.any()) for f, look in zip(self.finite, looks, strict=True)]
