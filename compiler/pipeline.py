@@ -12,14 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from distaff.compiler.analysis.tokens import Kind, TokenClasses, classify_tokens
 from distaff.compiler.capture import capture
 from distaff.compiler.ir import Graph
 from distaff.compiler.ir.printer import print_graph
 from distaff.compiler.ir.verifier import verify
-from distaff.compiler.lowering.emit import emit, weights_of
+from distaff.compiler.lowering.emit import collect_weights, emit
 from distaff.compiler.passes.attention import AttentionFinding, raise_attention
 from distaff.compiler.passes.cleanup import fold_constants, merge_equal
+from distaff.compiler.passes.roll import find_layer_loop
 from distaff.compiler.passes.serve import ServePlan, bytes_per_token, plan_serving
 from distaff.compiler.serve_step import ServeStep
 from distaff.compiler.validate import validate
@@ -72,17 +75,21 @@ def derive_serve_step(
     max_model_len: int,
     page_size: int = 16,
     latent_cache: bool = False,
+    roll_layers: bool | None = None,
     dump: str | os.PathLike[str] | None = None,
 ) -> ServeStep:
-    """Derives and validates the serving step of ``fn``; the report tells what was found and measured."""
+    """Derives and validates the serving step of ``fn``; the report tells what was found and measured.
+
+    ``latent_cache`` caches what keys and values are expanded from where that is smaller. ``roll_layers`` runs repeated
+    layers in a loop (default: on every platform but CPUs, where it is slower).
+    """
     derivation = derive(fn, params, max_model_len=max_model_len, latent_cache=latent_cache, dump=dump)
     plan = derivation.plan
-    weights = weights_of(plan)
+    rolling = jax.default_backend() != "cpu" if roll_layers is None else roll_layers
+    loop = find_layer_loop(plan) if rolling else None
+    weights = collect_weights(plan, loop)
     step = ServeStep(
-        weights={name: value.data for name, value in weights.items()},
-        caches=plan.caches,
-        vocab_size=plan.vocab_size,
-        function=emit(plan, list(weights.values())),
+        weights=weights.arrays, caches=plan.caches, vocab_size=plan.vocab_size, function=emit(plan, weights, loop)
     )
     (output,) = plan.graph.outputs
     started = time.perf_counter()
@@ -103,6 +110,7 @@ def derive_serve_step(
             "seconds": time.perf_counter() - started,
         },
         "passes": derivation.passes,
+        "rolled_layers": loop.count if loop is not None else 0,
     }
     return dataclasses.replace(step, report=report)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from distaff.compiler.ir import ATTENTION, ROW_PROGRAM, Node, Value
 from distaff.compiler.ir.evaluate import Evaluator
 from distaff.compiler.ir.types import KEY, QUERY, TOKENS
 from distaff.compiler.passes.regions import Region
+from distaff.compiler.passes.roll import LayerLoop
 from distaff.compiler.passes.serve import ServePlan, Slot
 from distaff.compiler.serve_step import StepFunction
 from distaff.kernels.paged_attention import StepBatch, paged_attention, read_context, write_pages
@@ -22,8 +24,35 @@ from distaff.kernels.paged_attention import StepBatch, paged_attention, read_con
 _ROW_BLOCK = 8  # tokens of a row program that are evaluated together
 
 
-def weights_of(plan: ServePlan) -> dict[str, Value]:
-    """The values that the step takes as weights, by unique name: everything that is too large to be baked in."""
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What the step takes as weights, in order: arrays by name, and the values that each of them stands for.
+
+    An array of a rolled loop stands for one value of every layer, stacked along its first dimension.
+    """
+
+    arrays: dict[str, Any]
+    values: tuple[tuple[Value, ...], ...]
+
+
+def collect_weights(plan: ServePlan, loop: LayerLoop | None = None) -> Weights:
+    """The weights of a plan, stacked by layer where the loop needs them so."""
+    stacked = {id(v): values for values in (loop.stacked if loop else ()) for v in values}
+    arrays: dict[str, Any] = {}
+    groups: list[tuple[Value, ...]] = []
+    for name, value in _named_weights(plan).items():
+        group = stacked.get(id(value))
+        if group is None:
+            arrays[name] = value.data
+            groups.append((value,))
+        elif value is group[0]:
+            arrays[f"{name}.stacked"] = np.stack([np.asarray(v.data) for v in group])
+            groups.append(group)
+    return Weights(arrays, tuple(groups))
+
+
+def _named_weights(plan: ServePlan) -> dict[str, Value]:
+    """The values that are too large to be baked into the program, by unique name."""
     values: dict[int, Value] = {}
     graphs = [plan.graph, *(n.params["region"].body for n in plan.body if n.op == ROW_PROGRAM)]
     for graph in graphs:
@@ -37,15 +66,21 @@ def weights_of(plan: ServePlan) -> dict[str, Value]:
     return named
 
 
-def emit(plan: ServePlan, weights: Sequence[Value]) -> StepFunction:
-    """The step function of a plan; it is traced anew for every bucket."""
+def emit(plan: ServePlan, weights: Weights, loop: LayerLoop | None = None) -> StepFunction:
+    """The step function of a plan, with its layers in a loop if one is given; it is traced anew for every bucket."""
 
     def step(
         arrays: Sequence[jax.Array], pages: Sequence[jax.Array], batch: StepBatch
     ) -> tuple[jax.Array, list[jax.Array]]:
-        known = {id(v): a for v, a in zip(weights, arrays, strict=True)}
-        run = _Body(plan, known, list(pages), batch)
-        run.run(plan.body)
+        single: dict[int, Any] = {}
+        stacks: dict[int, jax.Array] = {}
+        for values, array in zip(weights.values, arrays, strict=True):
+            (single if len(values) == 1 else stacks)[id(values[0])] = array
+        run = _Body(plan, single, list(pages), batch)
+        if loop is None:
+            run.run(plan.body)
+        else:
+            run.run_loop(loop, stacks)
         return _tail(plan, run, batch), run.pages
 
     return step
@@ -62,6 +97,30 @@ class _Body(Evaluator):
         )
         self.plan, self.pages, self.batch = plan, pages, batch
         self.weights = known
+        self.layer_offset: int | jax.Array = 0
+
+    def run_loop(self, loop: LayerLoop, stacks: Mapping[int, jax.Array]) -> None:
+        """Evaluates the body with repeated layers in one `jax.lax.scan`; pages are carried and stay in place."""
+        self.run(loop.before)
+
+        def layer(state: tuple[list[Any], list[jax.Array]], step: tuple[jax.Array, dict[int, jax.Array]]) -> Any:
+            carried, pages = state
+            index, weights = step
+            inner = _Body(self.plan, self.known, pages, self.batch)
+            inner.known.update(weights)
+            inner.known.update({id(v): a for (v, _), a in zip(loop.carried, carried, strict=True)})
+            inner.layer_offset = index * loop.stride
+            inner.run(loop.layer)
+            return ([inner[result] for _, result in loop.carried], inner.pages), None
+
+        initial = [self[v] for v, _ in loop.carried]
+        numbers = jnp.arange(loop.count, dtype=jnp.int32)
+        (final, self.pages), _ = jax.lax.scan(layer, (initial, self.pages), (numbers, dict(stacks)))
+        places = {id(v): (j, v.index) for j, n in enumerate(loop.layer) for v in n.outputs}
+        for (_, result), array in zip(loop.carried, final, strict=True):
+            j, k = places[id(result)]
+            self.known[id(loop.last[j].outputs[k])] = array
+        self.run(loop.after)
 
     def apply(self, node: Node) -> list[Any]:
         """Adds the two operations of our own to those of the IR."""
@@ -78,7 +137,7 @@ class _Body(Evaluator):
 
     def write(self, slot: Slot, rows: jax.Array) -> None:
         cache, layer = slot
-        self.pages[cache] = write_pages(self.pages[cache], layer, self.batch.slots, rows)
+        self.pages[cache] = write_pages(self.pages[cache], self.layer_offset + layer, self.batch.slots, rows)
 
     def attention(self, node: Node) -> jax.Array:
         pattern, spec = node.params["pattern"], node.params["spec"]
@@ -90,7 +149,7 @@ class _Body(Evaluator):
         for slot, rows in zip(slots, (key, value), strict=True):
             self.write(slot, rows)
         (k, layer), (v, _) = slots
-        result = paged_attention(spec, query, self.pages[k], self.pages[v], layer, self.batch)
+        result = paged_attention(spec, query, self.pages[k], self.pages[v], self.layer_offset + layer, self.batch)
         flat = arrange(result.reshape(result.shape[0], -1), pattern.output).astype(node.output.type.dtype)
         return jnp.moveaxis(flat, 0, node.output.type.token_dims[0])
 
@@ -168,24 +227,12 @@ def _data_ids(plan: ServePlan) -> set[int]:
 def arrange(rows: jax.Array, layout: np.ndarray) -> jax.Array:
     """``rows[:, layout]`` for rows [T, N]: a reshape or transpose where the layout is one, a gather otherwise."""
     count = rows.shape[0]
-    flat = layout.reshape(-1)
-    if flat.size == rows.shape[1]:
-        if np.array_equal(flat, np.arange(flat.size)):
-            return rows.reshape(count, *layout.shape)
-        order = np.argsort([layout.strides[i] for i in range(layout.ndim)])
-        for permutation in _permutations(layout, order):
-            sizes = tuple(layout.shape[i] for i in permutation)
-            if np.array_equal(layout.transpose(permutation).reshape(-1), np.arange(flat.size)):
-                inverse = np.argsort(permutation)
-                return rows.reshape(count, *sizes).transpose(0, *(int(i) + 1 for i in inverse))
-    return jnp.take(rows, flat, axis=1).reshape(count, *layout.shape)
-
-
-def _permutations(layout: np.ndarray, order: np.ndarray) -> list[tuple[int, ...]]:
-    """The one permutation that can make the layout contiguous: dimensions by falling step of their element numbers."""
-    first = (0,) * layout.ndim
-    steps = []
-    for d in range(layout.ndim):
-        second = tuple(1 if i == d else 0 for i in range(layout.ndim))
-        steps.append(int(layout[second]) - int(layout[first]) if layout.shape[d] > 1 else layout.size)
-    return [tuple(int(i) for i in np.argsort([-s for s in steps], kind="stable"))]
+    if layout.size == rows.shape[1]:
+        corner = layout[(0,) * layout.ndim]
+        steps = [int(np.take(layout, min(1, n - 1), axis=d).flat[0]) - int(corner) for d, n in enumerate(layout.shape)]
+        outer_first = np.argsort([-s if s else -layout.size for s in steps], kind="stable")
+        ordered = layout.transpose(outer_first)
+        if np.array_equal(ordered.reshape(-1), np.arange(layout.size)):
+            back = np.argsort(outer_first)
+            return rows.reshape(count, *ordered.shape).transpose(0, *(int(i) + 1 for i in back))
+    return jnp.take(rows, layout.reshape(-1), axis=1).reshape(count, *layout.shape)

@@ -209,3 +209,34 @@ def test_repeated_layers_are_proved_once(monkeypatch):
     monkeypatch.setattr(attention, "prove_causal", lambda body, n: (calls.append(n), prove(body, n))[1])
     derive(zoo.decoder(zoo.softcap_window), zoo.parameters(1), max_model_len=4096)
     assert calls == [4096]
+
+
+@pytest.mark.parametrize("attention", [zoo.causal_where, zoo.softcap_window])
+def test_repeated_layers_are_rolled_into_a_loop(attention):
+    params = zoo.parameters(2)
+    params["layers"] = zoo.parameters(3)["layers"] + zoo.parameters(4)["layers"] + params["layers"]
+    step = derived(zoo.decoder(attention), params, roll_layers=True)
+    assert step.report["rolled_layers"] == 5  # the last layer's MLP runs on the sampled tokens only
+    assert step.report["validation"]["relative_error"] < 1e-5
+    assert "layers.0.q.stacked" in step.weights and step.weights["layers.0.q.stacked"].shape[0] == 5
+    flat = derived(zoo.decoder(attention), params, roll_layers=False)
+    assert flat.report["rolled_layers"] == 0
+    assert sum(np.size(w) for w in flat.weights.values()) == sum(np.size(w) for w in step.weights.values())
+
+
+def test_layers_of_two_kinds_are_rolled_in_pairs():
+    params = zoo.parameters(2)
+    params["layers"] = [p for seed in range(4) for p in zoo.parameters(seed)["layers"]]
+    kinds = [zoo.softcap_window, zoo.causal_where] * 4
+
+    def model(params, tokens):
+        x = params["embed"][tokens]
+        for p, attention in zip(params["layers"], kinds, strict=True):
+            h = zoo.norm(x, p["norm1"])
+            q, k, v = ((h @ p[n]).reshape(1, tokens.shape[1], -1, zoo.HEAD) for n in "qkv")
+            x = x + attention(q, k, v).reshape(1, tokens.shape[1], -1) @ p["o"]
+        return x @ params["head"]
+
+    step = derived(model, params, roll_layers=True)
+    assert step.report["rolled_layers"] == 3
+    assert step.report["validation"]["relative_error"] < 1e-5
