@@ -288,7 +288,8 @@ class Scheduler:
         request.num_computed_tokens = len(prefix) * pool.page_size
         num_tokens = self._num_tokens(draft, request, num_known)
         end = request.num_computed_tokens + num_tokens
-        cut = end < num_known and not self.config.enable_chunked_prefill
+        # A scored prompt is split even so if a step has too few rows of logits for it.
+        cut = end < num_known and not (self.config.enable_chunked_prefill or _is_scored(request))
         # Pages of the whole prompt and of the token after it are taken at once; with a window only those of the step,
         # because earlier ones come back meanwhile.
         pages_until = end if pool.window is not None else num_known + 1
@@ -306,14 +307,14 @@ class Scheduler:
 
     def _find_prefix(self, request: Request) -> list[int]:
         # Log-probabilities of a prompt need all its logits, and the cache holds none.
-        if request.sampling_params.prompt_logprobs is not None:
+        if _is_scored(request):
             return []
         return self.pool.find_prefix(request.pages, request.token_ids)
 
     def _count_prefix(self, request: Request, num_cached: int) -> None:
         if request.num_preemptions == 0:
             request.num_cached_tokens = num_cached
-        if not self.pool.enable_prefix_caching or request.sampling_params.prompt_logprobs is not None:
+        if not self.pool.enable_prefix_caching or _is_scored(request):
             return
         stats = self._prefix_stats
         if request.num_preemptions == 0:
@@ -427,6 +428,10 @@ class Scheduler:
         if any(left.values()):
             raise LeakError(f"an idle scheduler still has {', '.join(f'{n} {what}' for what, n in left.items() if n)}")
         self.pool.check_integrity(())
+
+
+def _is_scored(request: Request) -> bool:
+    return request.sampling_params.prompt_logprobs is not None
 
 
 def _remove(queue: list[Request], request: Request) -> None:

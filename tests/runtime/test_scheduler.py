@@ -115,7 +115,7 @@ def test_b30_the_number_of_running_requests_is_capped():
 
 def test_b32_the_last_one_is_preempted_keeps_its_output_and_recomputes_first():
     scheduler = make(num_pages=6, max_model_len=20)  # five pages
-    a, b = add(scheduler, ask("a", 7), ask("b", 7))
+    _, b = add(scheduler, ask("a", 7), ask("b", 7))
     step(scheduler, token=7)  # both: 2 pages, and the token at 7 is inside
     add(scheduler, ask("c", 7))
     step(scheduler, token=8)  # both: 8 computed, a takes the fifth page next
@@ -141,6 +141,18 @@ def test_b32_with_priorities_the_worst_is_preempted():
     assert rows(plan) == [("b", 8, 1, True)]
     assert plan.preempted == [a]
     assert b.status is RequestStatus.RUNNING
+
+
+def test_b32_nobody_is_admitted_in_a_step_that_preempts():
+    scheduler = make(num_pages=7, max_model_len=24, policy="priority")
+    _, b = add(scheduler, ask("a", 7, priority=0), ask("b", 15, priority=5))
+    step(scheduler)
+    add(scheduler, ask("w", 3, priority=1))
+    assert len(step(scheduler)) == 2
+    plan = scheduler.schedule()
+    assert plan.preempted == [b] and [name for name, *_ in rows(plan)] == ["a"]
+    scheduler.update(plan, tokens_for(plan))
+    assert [name for name, *_ in step(scheduler)] == ["a", "w"]
 
 
 def test_b33_the_worst_preempts_itself():
@@ -447,6 +459,24 @@ def test_b23_a_windowed_request_runs_in_few_pages():
         step(scheduler)
     assert len(a.token_ids) == 64 and a.num_preemptions == 0
     scheduler.check_idle()
+
+
+def test_b23_a_windowed_request_is_admitted_only_if_its_most_pages_fit():
+    scheduler = make(num_pages=7, windows=(6,), max_num_batched_tokens=8, max_model_len=64)
+    add(scheduler, ask("a", 13))
+    step(scheduler)
+    step(scheduler)
+    assert scheduler.pool.num_free_pages == 4
+    add(scheduler, ask("b", 40))  # its first step takes two, later ones up to five
+    assert step(scheduler) == [("a", 13, 1, True)]
+    scheduler.finish("a", ABORTED)
+    assert step(scheduler) == [("b", 0, 8, False)]
+
+
+def test_b23_the_most_pages_of_a_window_grow_with_steps_in_flight():
+    for steps, max_len in ((1, 64), (2, 20)):  # five and seven pages of five
+        config = {"max_num_batched_tokens": 8, "max_steps_in_flight": steps}
+        assert make(num_pages=6, windows=(6,), **config).max_len == max_len
 
 
 def test_b26_statistics_count_a_request_once_and_apart_after_preemption():
