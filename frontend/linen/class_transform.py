@@ -89,7 +89,7 @@ def wrap_methods(cls: type[Any], names: list[str]) -> None:
         value = cls.__dict__.get(name)
         binds = hasattr(type(value), "__get__") and not isinstance(value, type | staticmethod | classmethod)
         if callable(value) and binds and not hasattr(value, "nowrap") and name not in _NEVER_WRAPPED | set(fields):
-            setattr(cls, name, wrap_method(value))  # type: ignore[arg-type]
+            setattr(cls, name, wrap_method(value))
 
 
 def wrap_method(fun: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from distaff.frontend.core import meta
 from distaff.frontend.core.initializer_shapes import makes_requested_shape
 from distaff.frontend.linen import initializers
 from distaff.frontend.linen.class_transform import compact
@@ -138,10 +137,8 @@ def _flattened(init_fn: Initializer, flat_shape: tuple[int, ...]) -> Initializer
 
     @makes_requested_shape
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Any:
-        value = init_fn(key, flat_shape, dtype)
-        if isinstance(value, meta.AxisMetadata):
-            return meta.replace_boxed(value, jnp.reshape(value.unbox(), shape))
-        return jnp.reshape(value, shape)
+        # The value is the one leaf, be it in a box or not; a box's names are those of the axes of ``shape``.
+        return jax.tree.map(lambda value: jnp.reshape(value, shape), init_fn(key, flat_shape, dtype))
 
     return init
 
