@@ -20,8 +20,8 @@ from distaff.runtime.executables import ExecutableCache, compilations
 from distaff.runtime.platforms import choose_num_pages, memory_limit
 from distaff.runtime.weights import load_weights
 
-# XLA compiles and loads with the GIL released; more threads would only share the cores that XLA uses already.
-LOADING_THREADS = 2
+# XLA compiles with the GIL released; more threads would only share the cores that XLA uses already.
+COMPILING_THREADS = 2
 
 
 class NoProgramError(Exception):
@@ -66,7 +66,8 @@ class ModelRunner:
         ]
         self._by_cost = sorted(manifest.programs, key=lambda p: (p.tokens, p.samples, p.requests))
         self._step = {p.name: _Once(partial(self._executable, p)) for p in manifest.programs}
-        self._loading = ThreadPoolExecutor(LOADING_THREADS, thread_name_prefix="load-programs")
+        # One thread: the first steps run at the same time.
+        self._loading = ThreadPoolExecutor(1, thread_name_prefix="load-programs")
         self._compilations_before = compilations()
 
     @property
@@ -119,14 +120,20 @@ class ModelRunner:
         self._loading.shutdown(cancel_futures=True)
 
     def _compile(self, programs: list[ProgramSpec]) -> None:
-        futures = [self._loading.submit(self._step[program.name]) for program in programs]
-        done: Iterable[Future[jax.stages.Compiled]] = as_completed(futures)
-        if self._progress and programs:
-            from rich.progress import track  # only here: a start that compiles nothing need not import it
+        with ThreadPoolExecutor(COMPILING_THREADS) as pool:
+            done: Iterable[Future[jax.stages.Compiled]] = as_completed(
+                [pool.submit(self._step[program.name]) for program in programs]
+            )
+            if self._progress and programs:
+                from rich.progress import track  # only here: a start that compiles nothing need not import it
 
-            done = track(done, f"Compiling {len(programs)} programs for this machine", len(programs))
-        for future in done:
-            future.result()
+                done = track(done, f"Compiling {len(programs)} programs for this machine", len(programs))
+            try:
+                for future in done:
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def _is_stored(self, program: ProgramSpec) -> bool:
         return self.executables.has(program.name, *self._arguments(program), program=program.sha256)

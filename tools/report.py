@@ -33,7 +33,7 @@ def show_facts(console: Console, title: str, facts: Mapping[str, Any]) -> None:
     table.add_column()
     table.add_column()
     for name, value in facts.items():
-        table.add_row(_words(name), _text(value))
+        table.add_row(_words(name), _text(name, value))
     table.show_header = False
     console.print(table)
 
@@ -45,9 +45,11 @@ def show_rows(console: Console, title: str, rows: Iterable[Mapping[str, Any]]) -
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:
         numeric = all(isinstance(row.get(name, 0), (int, float)) for row in rows)
-        table.add_column(_words(name), justify="right" if numeric else "left", overflow="fold")
+        table.add_column(
+            _words(name), justify="right" if numeric else "left", overflow="fold", no_wrap=name in ("name", "times")
+        )
     for row in rows:
-        table.add_row(*(_text(row.get(name)) for name in names))
+        table.add_row(*(_text(name, row.get(name)) for name in names))
     console.print(table)
 
 
@@ -55,19 +57,19 @@ def artifact_facts(manifest: Manifest) -> dict[str, str]:
     """Sizes and limits of an artifact, ready to show."""
     return {
         "model": f"{manifest.model} {manifest.architecture}".strip(),
-        "weights": f"{mebibytes(manifest.weight_bytes)}, mostly {manifest.dtype}",
-        "KV cache": f"{manifest.bytes_per_token} bytes a token in {len(manifest.caches)} buffers",
+        "weights": f"{size(manifest.weight_bytes)}, mostly {manifest.dtype}",
+        "KV cache": f"{size(manifest.bytes_per_token)} a token in {len(manifest.caches)} buffers",
         "KV pool": f"{manifest.num_pages} pages of {manifest.page_size} tokens, "
-        f"{mebibytes(manifest.num_pages * manifest.bytes_per_page)}",
+        f"{size(manifest.num_pages * manifest.bytes_per_page)}",
         "limits": f"{manifest.max_model_len} tokens a request, {manifest.max_batch} requests and "
         f"{manifest.max_step_tokens} tokens a step",
         "platform": manifest.platform,
     }
 
 
-def mebibytes(size: int) -> str:
-    """``size`` bytes for people."""
-    return f"{size / 2**20:,.1f} MiB"
+def size(count: int) -> str:
+    """``count`` bytes for people."""
+    return f"{count / 2**20:,.1f} MiB" if count >= 1 << 20 else f"{count / 2**10:,.1f} KiB"
 
 
 def _counted(rows: list[Any]) -> list[Mapping[str, Any]]:
@@ -89,12 +91,14 @@ def _table(title: str) -> Table:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ")
+    return name.replace("_", " ").removesuffix(" bytes")
 
 
-def _text(value: Any) -> str:
+def _text(name: str, value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, int) and "bytes" in name:
+        return size(value)
     if isinstance(value, float):
         return f"{value:.3g}"
     return str(value)
