@@ -73,18 +73,17 @@ class SchedulerConfig:
     max_steps_in_flight: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("max_num_seqs", 1),
-            ("max_num_batched_tokens", self.max_num_seqs),
-            ("max_num_samples", self.max_num_seqs),
-            ("max_model_len", 2),
-            ("long_prefill_token_threshold", 0),
-            ("max_waiting", 1),
-            ("max_steps_in_flight", 1),
+        for name, least, why in (
+            ("max_num_seqs", 1, ""),
+            ("max_num_batched_tokens", self.max_num_seqs, ", a token for each of max_num_seqs requests"),
+            ("max_num_samples", self.max_num_seqs, ", a row of logits for each of max_num_seqs requests"),
+            ("max_model_len", 2, ""),
+            ("long_prefill_token_threshold", 0, ""),
+            ("max_waiting", 1, ""),
+            ("max_steps_in_flight", 1, ""),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
-                why = " (max_num_seqs: a step has a token for every request)" if least == self.max_num_seqs > 1 else ""
                 raise EngineConfigError(f"{name} is {value}; it must be at least {least}{why}")
         if self.policy not in POLICIES:
             raise EngineConfigError(
@@ -145,6 +144,7 @@ class Scheduler:
         self._scheduled_step = self._updated_step = 0
         # Pages of finished requests, and the last step that may still write to them.
         self._fenced: list[tuple[int, PageTable]] = []
+        self._preempted: list[Request] = []  # since the last plan
         self._preemptions = 0
         self._prefix_stats = PrefixCacheStats()
 
@@ -214,14 +214,15 @@ class Scheduler:
         draft = StepDraft(self.config.max_num_batched_tokens, self._max_logits, len(self.running))
         if self._schedule_running(draft):
             self._schedule_waiting(draft)
-        plan = draft.plan(self._scheduled_step + 1)
+        plan = draft.plan(self._scheduled_step + 1, self._preempted)
+        self._preempted = []
         if plan.scheduled:
             self._scheduled_step += 1
         return plan
 
     def _schedule_running(self, draft: StepDraft) -> bool:
         """Returns whether pages sufficed, so that someone may be admitted."""
-        index = 0
+        index, preemptions = 0, self._preemptions
         while index < len(self.running):
             request = self.running[index]
             num_known = len(request.token_ids) + request.num_pending_tokens
@@ -234,10 +235,11 @@ class Scheduler:
                 # Preempting would free no page before the steps in flight are done; who finishes in them might.
                 return False
             else:
-                self._preempt(draft)
+                self._preempt_last()
+                draft.give_back()
                 continue
             index += 1
-        return not draft.preempted
+        return preemptions == self._preemptions
 
     def _num_tokens(self, draft: StepDraft, request: Request, num_known: int) -> int:
         pending = request.num_pending_tokens
@@ -259,7 +261,7 @@ class Scheduler:
         request.num_pending_tokens += request.num_computed_tokens == num_known
         request.last_step = self._scheduled_step + 1
 
-    def _preempt(self, draft: StepDraft) -> None:
+    def _preempt_last(self) -> None:
         """Takes the pages of the last running request; as rows are made in the same order, it has none in this step."""
         request = self.running.pop()
         request.transition(RequestStatus.PREEMPTED)
@@ -268,8 +270,7 @@ class Scheduler:
         self._preemptions += 1
         self.pool.free(request.pages)
         insort(self.waiting, request, key=_BY_RANK)
-        draft.preempted.append(request)
-        draft.give_back()
+        self._preempted.append(request)
 
     def _schedule_waiting(self, draft: StepDraft) -> None:
         """Admits in order, past those that wait for something else, until one does not fit."""
@@ -401,14 +402,13 @@ class Scheduler:
     def reset_prefix_cache(self, preempt_running: bool = False) -> bool:
         """Forgets all cached prefixes (after a change of weights, say); with ``preempt_running`` also those in use.
 
+        The next plan names those preempted.
         Returns False, and changes nothing, while a step is in flight or pages stay in use.
         """
         if self.num_steps_in_flight:
             return False
-        if preempt_running:
-            draft = StepDraft(0, 0, 0)
-            while self.running:
-                self._preempt(draft)
+        while preempt_running and self.running:
+            self._preempt_last()
         return self.pool.reset_prefix_cache()
 
     def check_integrity(self) -> None:

@@ -32,8 +32,8 @@ class ScheduledRequest:
 class StepPlan:
     """Rows of a step: first ``num_decodes`` rows of one token, then longer ones, each in order of service.
 
-    ``num_tokens`` is the sum over rows, ``preempted`` who lost their pages to make room. A plan without rows needs
-    neither execution nor update.
+    ``num_tokens`` is the sum over rows, ``preempted`` who lost their pages since the plan before; after a reset of the
+    prefix cache they may be admitted again at once. A plan without rows needs neither execution nor update.
     """
 
     step: int
@@ -58,7 +58,6 @@ class StepDraft:
     def __init__(self, max_tokens: int, max_logits: int, num_running: int) -> None:
         self.spare_tokens = max_tokens - num_running
         self.spare_logits = max_logits - num_running
-        self.preempted: list[Request] = []
         self._decodes: list[ScheduledRequest] = []
         self._prefills: list[ScheduledRequest] = []
         self._num_tokens = 0
@@ -96,9 +95,9 @@ class StepDraft:
         if _reads_prompt_logits(request, start):
             self.spare_logits -= num_tokens - 1
 
-    def plan(self, step: int) -> StepPlan:
+    def plan(self, step: int, preempted: list[Request]) -> StepPlan:
         """The finished plan."""
-        return StepPlan(step, self._decodes + self._prefills, len(self._decodes), self._num_tokens, self.preempted)
+        return StepPlan(step, self._decodes + self._prefills, len(self._decodes), self._num_tokens, preempted)
 
 
 def _reads_prompt_logits(request: Request, start: int) -> bool:

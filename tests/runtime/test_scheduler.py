@@ -448,7 +448,10 @@ def test_b21_reset_while_running_preempts_all_on_request():
     assert a.status is b.status is RequestStatus.RUNNING
     assert scheduler.reset_prefix_cache(preempt_running=True)
     assert scheduler.waiting == [a, b] and scheduler.running == []
-    assert step(scheduler) == [("a", 0, 10, True), ("b", 0, 6, True)]
+    plan = scheduler.schedule()
+    assert rows(plan) == [("a", 0, 10, True), ("b", 0, 6, True)]
+    assert plan.preempted == [b, a]
+    scheduler.update(plan, tokens_for(plan))
     assert a.output_token_ids == [7, 7]
 
 
