@@ -78,6 +78,9 @@ class FakeEngine:
             raise TokenizerError("this artifact has no tokenizer")
         return self._tokenizer
 
+    def stats(self) -> StepStats:
+        return StepStats(running=len(self.running), waiting=2, kv_usage=0.25)
+
     async def start(self) -> None:
         pass
 
@@ -184,7 +187,7 @@ class FakeEngine:
         for logger in self.stat_loggers:
             logger.on_first_token(0.02)
             logger.on_token_gap(0.01)
-            logger.on_step(StepStats(running=1, waiting=2, kv_usage=0.25, prompt_tokens=len(prompt)))
+            logger.on_step(StepStats(prompt_tokens=len(prompt)))
             logger.on_finished(
                 FinishedStats(reason, len(prompt), len(done), 0, 0.1, 0.2, 0.3, 0.6, 0.3, 0.01, params.n, 16)
             )

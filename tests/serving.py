@@ -79,8 +79,8 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def running_server(engine: FakeEngine, **settings: Any) -> Iterator[str]:
-    """The server's URL; it is stopped as by a signal at the end."""
+def running(engine: FakeEngine, **settings: Any) -> Iterator[tuple[str, Server]]:
+    """The URL of a server, and the server; it is stopped as by a signal at the end."""
     app, config = application(engine, **settings)
     sock = bind("127.0.0.1", 0)
     address = url(sock)
@@ -91,8 +91,15 @@ def running_server(engine: FakeEngine, **settings: Any) -> Iterator[str]:
         while not server.started:
             assert thread.is_alive()
             threading.Event().wait(0.01)
-        yield address
+        yield address, server
     finally:
         server.handle_exit(15, None)
         thread.join(20)
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def running_server(engine: FakeEngine, **settings: Any) -> Iterator[str]:
+    """The URL of a server."""
+    with running(engine, **settings) as (address, _):
+        yield address

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from distaff.compiler.artifact import Manifest
     from distaff.runtime.engine import Engine
     from distaff.runtime.server import PrometheusStatLogger
-
-logger = logging.getLogger(__name__)
 
 # Exit codes; click itself exits with 2 for wrong usage.
 OTHER, USAGE = 1, 2
@@ -132,7 +130,8 @@ class _JsonList(click.ParamType[tuple[str, ...]]):
               type=click.Choice(["critical", "error", "warning", "info", "debug", "trace"]))  # fmt: skip
 def main(model: str, **flags: Any) -> None:
     """Entry point of the command line."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
+    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("distaff").setLevel(logging.INFO)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)  # until the server takes over
     with _exit_codes():
@@ -242,6 +241,18 @@ def _serve(
 @contextmanager
 def _exit_codes() -> Iterator[None]:
     """Turns the errors that a user can do something about into one message on stderr and an exit code."""
+    try:
+        yield
+    except Exception as error:
+        usage, other = _expected_errors()
+        if not isinstance(error, (*usage, *other)):
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(USAGE if isinstance(error, usage) else OTHER)
+
+
+def _expected_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:
+    """Those of flags and those of everything else; imported only when there is one."""
     from distaff.compiler.artifact import ArtifactError
     from distaff.compiler.buckets import BucketError
     from distaff.compiler.errors import CompileError
@@ -251,27 +262,8 @@ def _exit_codes() -> Iterator[None]:
     from distaff.runtime.executables import CompileForbiddenError
     from distaff.runtime.platforms import MemoryTooSmallError
 
-    try:
-        yield
-    except (EngineConfigError, BucketError) as error:
-        _fail(error, USAGE)
-    except (
-        ArtifactError,
-        ChatTemplateError,
-        CheckpointError,
-        CompileError,
-        CompileForbiddenError,
-        ConfigError,
-        MemoryTooSmallError,
-        OSError,
-        TokenizerError,
-    ) as error:
-        _fail(error, OTHER)
-
-
-def _fail(error: Exception, code: int) -> NoReturn:
-    click.echo(f"error: {error}", err=True)
-    sys.exit(code)
+    model = (ArtifactError, CheckpointError, CompileError, CompileForbiddenError, ConfigError, MemoryTooSmallError)
+    return (EngineConfigError, BucketError), (*model, ChatTemplateError, TokenizerError, OSError)
 
 
 if __name__ == "__main__":

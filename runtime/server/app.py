@@ -17,7 +17,13 @@ from starlette.routing import Route
 
 from distaff.runtime.errors import EngineDeadError
 from distaff.runtime.server.config import EngineClient, ServerConfig
-from distaff.runtime.server.errors import Endpoint, error_response, http_exception_handler, reporting_errors
+from distaff.runtime.server.errors import (
+    Endpoint,
+    error_response,
+    http_exception_handler,
+    no_such_model,
+    reporting_errors,
+)
 from distaff.runtime.server.generation import Generation
 from distaff.runtime.server.metrics import PrometheusStatLogger
 from distaff.runtime.server.middleware import Authentication, RequestCount, RequestId
@@ -30,7 +36,7 @@ class About:
         self, engine: EngineClient, config: ServerConfig, metrics: PrometheusStatLogger, count: RequestCount
     ) -> None:
         self._engine = engine
-        self._config = config
+        self._names = config.served_model_names
         self._metrics = metrics
         self._count = count
         self._started = int(time.time())
@@ -50,16 +56,19 @@ class About:
         return JSONResponse({"server_load": self._count.current})
 
     async def metrics(self, http: Request) -> Response:
-        """``/metrics`` in Prometheus' text format."""
+        """``/metrics`` in Prometheus' text format; the gauges are of now, not of the latest step."""
+        self._metrics.set_gauges(self._engine.stats())
         return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self, http: Request) -> Response:
         """``/v1/models``."""
-        return JSONResponse({"object": "list", "data": [self._card(n) for n in self._config.served_model_names]})
+        return JSONResponse({"object": "list", "data": [self._card(name) for name in self._names]})
 
     async def model(self, http: Request) -> Response:
         """``/v1/models/{name}``."""
-        name = Generation(self._engine, self._config).check_model(http.path_params["name"])
+        name = http.path_params["name"]
+        if name not in self._names:
+            raise no_such_model(name)
         return JSONResponse(self._card(name))
 
     def _card(self, name: str) -> dict[str, Any]:
@@ -96,7 +105,7 @@ def build_app(engine: EngineClient, config: ServerConfig, metrics: PrometheusSta
     ]
     if config.api_keys:
         middleware.append(Middleware(Authentication, api_keys=config.api_keys))
-    app = Starlette(
+    return Starlette(
         routes=[
             route("/v1/models", about.models, "GET"),
             route("/v1/models/{name:path}", about.model, "GET"),
@@ -113,5 +122,3 @@ def build_app(engine: EngineClient, config: ServerConfig, metrics: PrometheusSta
         middleware=middleware,
         exception_handlers={HTTPException: http_exception_handler},
     )
-    app.state.request_count = count
-    return app

@@ -9,6 +9,7 @@ from typing import Protocol
 from distaff.compiler.artifact import Manifest
 from distaff.runtime.outputs import RequestOutput
 from distaff.runtime.sampling_params import SamplingParams
+from distaff.runtime.stats import StepStats
 from distaff.runtime.tokenizer import Tokenizer
 
 
@@ -63,6 +64,9 @@ class EngineClient(Protocol):
     @property
     def max_model_len(self) -> int:
         """Most tokens of prompt and output together."""
+
+    def stats(self) -> StepStats:
+        """Counts of the latest step, queues and pages as they are now."""
 
     async def start(self) -> None:
         """Starts the loop."""

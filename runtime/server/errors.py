@@ -45,6 +45,11 @@ def bad_request(param: str | None, message: str, code: str | None = None) -> Api
     return ApiError(400, message, param=param, code=code)
 
 
+def no_such_model(name: str) -> ApiError:
+    """The request names a model that is not served here."""
+    return ApiError(404, f"The model `{name}` does not exist.", param="model", code="model_not_found")
+
+
 def as_api_error(error: Exception) -> ApiError:
     """The HTTP form of any exception; one that nobody expected is logged with its traceback and becomes a 500."""
     match error:

@@ -15,7 +15,7 @@ from distaff.runtime.server.chat import ChatAnswer
 from distaff.runtime.server.completions import CompletionAnswer
 from distaff.runtime.server.config import EngineClient, ServerConfig
 from distaff.runtime.server.connection import EventStream, read_body, while_connected
-from distaff.runtime.server.errors import ApiError, bad_request
+from distaff.runtime.server.errors import bad_request, no_such_model
 from distaff.runtime.server.fields import parse, parse_json
 from distaff.runtime.server.logprobs import TokenNames
 from distaff.runtime.server.output_stream import OutputStream
@@ -113,14 +113,14 @@ class Generation:
         await outputs.start()
         return EventStream(answer.chunks(outputs), outputs)
 
-    def check_model(self, name: str | None) -> str:
+    def _model(self, name: str | None) -> str:
         """The name to answer with; 404 for a model that is not served here. No name stands for the one that is."""
         if name is not None and name not in self._config.served_model_names:
-            raise ApiError(404, f"The model `{name}` does not exist.", param="model", code="model_not_found")
+            raise no_such_model(name)
         return name or self._config.served_model_names[0]
 
     def _check(self, request: GenerationRequest) -> str:
-        model = self.check_model(request.model)
+        model = self._model(request.model)
         if request.priority and not self._config.priority_scheduling:
             raise bad_request("priority", "`priority` needs a server that runs with --scheduling-policy priority.")
         return model
@@ -138,7 +138,7 @@ class Generation:
 
     async def _tokenize(self, http: Request, body: Any) -> Response:
         request = parse(TokenizeRequest, body)
-        self.check_model(request.model)
+        self._model(request.model)
         chat = request.prompt is None
         text = await self._prompts.chat_text(request) if request.prompt is None else request.prompt
         special = not chat if request.add_special_tokens is None else request.add_special_tokens
@@ -151,7 +151,7 @@ class Generation:
 
     async def _detokenize(self, http: Request, body: Any) -> Response:
         request = parse(DetokenizeRequest, body)
-        self.check_model(request.model)
+        self._model(request.model)
         size = self._engine.manifest.vocab_size
         if request.tokens and max(request.tokens) >= size:
             raise bad_request("tokens", f"Token id {max(request.tokens)} is out of the vocabulary of {size} tokens.")

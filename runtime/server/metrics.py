@@ -112,12 +112,15 @@ class PrometheusStatLogger:
     def _bound(self, metric: MetricT) -> MetricT:
         return metric.labels(**self._labels)
 
-    def on_step(self, stats: StepStats) -> None:
-        """Gauges and counters of a step."""
+    def set_gauges(self, stats: StepStats) -> None:
+        """What is the case now; requests may come and go between steps."""
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._kv_usage.set(stats.kv_usage)
         self._compiles.set(stats.compiles)
+
+    def on_step(self, stats: StepStats) -> None:
+        """Counters of a step."""
         self._cache_queries.inc(stats.prefix_cache_queries)
         self._cache_hits.inc(stats.prefix_cache_hits)
         self._preemptions.inc(stats.preemptions)

@@ -14,6 +14,7 @@ from distaff.runtime.server.errors import ApiError, error_response
 from distaff.runtime.server.metrics import PrometheusStatLogger
 
 _MAX_ID_LENGTH = 128
+_METHODS = frozenset(("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"))  # clients must not make up labels
 
 
 class Authentication:
@@ -108,6 +109,7 @@ class RequestCount:
                 self.current -= generates
                 route = scope.get("route")
                 handler = getattr(route, "path", "none")
-                self._metrics.http_requests.labels(handler, scope["method"], status or "none").inc()
+                method = scope["method"] if scope["method"] in _METHODS else "other"
+                self._metrics.http_requests.labels(handler, method, status or "none").inc()
 
         return counted

@@ -13,6 +13,7 @@ from typing import Any
 from distaff.runtime.sampling_params import RequestOutputKind, SamplingParams
 from distaff.runtime.server.errors import bad_request
 from distaff.runtime.server.fields import (
+    INT64_MAX,
     array,
     boolean,
     integer,
@@ -164,7 +165,12 @@ class GenerationRequest:
 
 
 TokenIds = list[int]
-_token_ids = array(integer(0))
+
+
+def _token_ids(value: Any, path: str) -> TokenIds:
+    if isinstance(value, list) and all(type(entry) is int and 0 <= entry <= INT64_MAX for entry in value):
+        return value  # prompts may be long, and the check of each item costs more
+    return array(integer(0))(value, path)  # type: ignore[no-any-return]
 
 
 def _prompt(value: Any, path: str) -> Sequence[str | TokenIds]:

@@ -81,9 +81,10 @@ class Server(uvicorn.Server):
             logger.info("ready: %s serves %s", url(sock), ", ".join(self._names))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Lets requests that run end, within the grace period; then the engine aborts the rest."""
-        engine_end = asyncio.create_task(self._engine.shutdown(0.0 if self.force_exit else self._grace))
+        """Lets requests that run end, within the grace period; then, or at a second signal, aborts the rest."""
+        engine_end = asyncio.create_task(self._engine.shutdown(self._grace))
         await super().shutdown(sockets)
+        await self._engine.shutdown()
         await engine_end
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

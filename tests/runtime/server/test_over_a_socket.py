@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 from fake_engine import FakeEngine, dead, overloaded
-from serving import running_server
+from serving import running, running_server
 
 USER = {"role": "user", "content": "Hi"}
 
@@ -158,3 +158,21 @@ def test_shutdown_aborts_what_outlives_the_grace_period(engine, stream):
     assert '"finish_reason":"abort"' in result["text"]
     assert not stream or result["text"].endswith("data: [DONE]\n\n")
     assert engine.shut_down.is_set() and not engine.running
+
+
+def test_a_second_signal_does_not_wait(engine):
+    engine.endless, engine.delay, engine.max_model_len = True, 0.01, 100_000
+    began = time.monotonic()
+    with running(engine, shutdown_grace_seconds=60) as (url, server):
+        connection = post(url, {"prompt": "Hi", "stream": True, "max_tokens": 90_000})
+        eventually(lambda: engine.running)
+        server.handle_exit(2, None)  # and another one at the end of the block
+    assert time.monotonic() - began < 10 and not engine.running
+    connection.close()
+
+
+def test_behind_a_proxy_that_adds_a_path(engine):
+    with running_server(engine, root_path="/api", api_keys=("key",)) as url:
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer key"}).status_code == 200

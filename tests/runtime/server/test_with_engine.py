@@ -25,13 +25,21 @@ from distaff.runtime.server.serve import Server, url
 EXACT = {"temperature": 0, "ignore_eos": True}
 
 
+class SlowRunner(ToyRunner):
+    """Takes some time for a step, as models do."""
+
+    def execute(self, program, batch):
+        time.sleep(0.02)
+        return super().execute(program, batch)
+
+
 @contextlib.contextmanager
-def served(folder, executables, **settings):
+def served(folder, executables, runner=ToyRunner, **settings):
     """A server on a real socket; gives an HTTP client and the engine."""
     save_toy_artifact(folder, tokenizer=byte_backend(), max_model_len=64, num_pages=200)
     metrics = PrometheusStatLogger("toy", 64)
-    runner = partial(ToyRunner, executables)
-    engine = Engine(folder, EngineConfig(warm_up=False, **settings), stat_loggers=[metrics], make_runner=runner)
+    make_runner = partial(runner, executables)
+    engine = Engine(folder, EngineConfig(warm_up=False, **settings), stat_loggers=[metrics], make_runner=make_runner)
     asynchronous = AsyncEngine(engine)
     config = ServerConfig(served_model_names=("toy",), chat_template=TEMPLATE, shutdown_grace_seconds=0.1)
     sock = bind("127.0.0.1", 0)
@@ -148,6 +156,24 @@ def test_a_full_queue_is_a_429(tmp_path, executables):
         assert all(int(a.headers["Retry-After"]) >= 1 for a in answers if a.status_code == 429)
         assert http.post("/v1/completions", json={"prompt": ["a"] * 9, "max_tokens": 1}).status_code == 429
         assert ask("z").status_code == 200
+
+
+def test_nothing_is_left_of_a_client_that_leaves(tmp_path, executables):
+    with served(tmp_path / "d", executables, SlowRunner) as (http, engine):
+
+        def gauge(name):
+            return float(http.get("/metrics").text.split(f'vllm:{name}{{engine="0",model_name="toy"}} ')[1].split()[0])
+
+        body = {"prompt": ["a", "b"], "n": 2, "max_tokens": 60, "stream": True, "ignore_eos": True}
+        with http.stream("POST", "/v1/completions", json=body) as response:
+            next(response.iter_bytes())
+            assert gauge("num_requests_running") == 4 and gauge("kv_cache_usage_perc") > 0
+        end = time.monotonic() + 10
+        while engine.has_unfinished and time.monotonic() < end:
+            time.sleep(0.01)
+        engine.check_idle()
+        assert gauge("num_requests_running") == 0 and gauge("kv_cache_usage_perc") == 0
+        assert 'finished_reason="abort",model_name="toy"} 4.0' in http.get("/metrics").text
 
 
 def test_a_dead_loop_is_a_503(tmp_path, executables):
