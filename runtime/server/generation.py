@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -55,13 +55,12 @@ class Generation:
         """``POST /detokenize``."""
         return await self._connected(http, self._detokenize)
 
-    async def _connected(self, http: Request, respond: Callable[[Request, Any], Awaitable[Response]]) -> Response:
+    async def _connected(
+        self, http: Request, respond: Callable[[Request, Any], Coroutine[Any, Any, Response]]
+    ) -> Response:
+        """What ``respond`` makes of the body, unless the client goes away first."""
         body = parse_json(await read_body(http, self._config.max_body_bytes))
-
-        async def work() -> Response:
-            return await respond(http, body)
-
-        return await while_connected(http.receive, work())
+        return await while_connected(http.receive, respond(http, body))
 
     async def _complete(self, http: Request, body: Any) -> Response:
         request = parse(CompletionRequest, body)
