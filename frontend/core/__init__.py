@@ -8,11 +8,11 @@ from distaff.frontend.core.frozen_dict import freeze as freeze
 from distaff.frontend.core.frozen_dict import pop as pop
 from distaff.frontend.core.frozen_dict import pretty_repr as pretty_repr
 from distaff.frontend.core.frozen_dict import unfreeze as unfreeze
+from distaff.frontend.core.functional import apply as apply
+from distaff.frontend.core.functional import bind as bind
+from distaff.frontend.core.functional import init as init
 from distaff.frontend.core.meta import AxisMetadata as AxisMetadata
 from distaff.frontend.core.meta import map_axis_meta as map_axis_meta
 from distaff.frontend.core.meta import unbox as unbox
 from distaff.frontend.core.scope import Scope as Scope
 from distaff.frontend.core.scope import Variable as Variable
-from distaff.frontend.core.scope import apply as apply
-from distaff.frontend.core.scope import bind as bind
-from distaff.frontend.core.scope import init as init

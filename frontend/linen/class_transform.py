@@ -84,11 +84,10 @@ def _hash_of_unbound(hash_fn: Callable[[Any], int]) -> Callable[[Any], int]:
 
 def wrap_methods(cls: type[Any], names: list[str]) -> None:
     """Wrap the methods among the class's attributes ``names``; a callable that is a field's default is no method."""
-    fields = cls.__dict__["__dataclass_fields__"]
-    for name in names:
+    for name in set(names) - cls.__dict__["__dataclass_fields__"].keys() - _NEVER_WRAPPED:
         value = cls.__dict__.get(name)
         binds = hasattr(type(value), "__get__") and not isinstance(value, type | staticmethod | classmethod)
-        if callable(value) and binds and not hasattr(value, "nowrap") and name not in _NEVER_WRAPPED | set(fields):
+        if callable(value) and binds and not hasattr(value, "nowrap"):
             setattr(cls, name, wrap_method(value))
 
 

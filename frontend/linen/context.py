@@ -71,12 +71,12 @@ def intercepted(fun: Callable[..., Any], module: Module, name: str) -> Callable[
 
 
 def enable_named_call() -> None:
-    """Run module methods under ``jax.named_scope`` with the module's name, for profilers (the default)."""
+    """Run module methods under ``jax.named_scope`` with the module's name, for profilers (the default; per thread)."""
     context.named_calls = True
 
 
 def disable_named_call() -> None:
-    """Do not name module calls."""
+    """Do not name module calls in this thread."""
     context.named_calls = False
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from distaff.frontend.core import scope as core_scope
+from distaff.frontend import core
 from distaff.frontend.core.filters import CollectionFilter, DenyList, union_filters
 from distaff.frontend.core.scope import Scope
 from distaff.frontend.linen.context import CaptureFilter, context
@@ -49,7 +49,7 @@ def apply(
     """
     if capture_intermediates:
         mutable = union_filters(mutable, "intermediates")
-    return core_scope.apply(_scope_function(fn, module, capture_intermediates), mutable=mutable)
+    return core.apply(_scope_function(fn, module, capture_intermediates), mutable=mutable)
 
 
 def init_with_output(
@@ -61,7 +61,7 @@ def init_with_output(
     """The pure function ``(rngs, *args, **kwargs) -> (output, variables)`` of ``fn`` on the module."""
     if capture_intermediates:
         mutable = union_filters(mutable, "intermediates")
-    return core_scope.init(_scope_function(fn, module, capture_intermediates), mutable=mutable)
+    return core.init(_scope_function(fn, module, capture_intermediates), mutable=mutable)
 
 
 def init(

@@ -15,8 +15,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from distaff.frontend import errors
-from distaff.frontend.core import scope as core_scope
+from distaff.frontend import core, errors
 from distaff.frontend.core.filters import CollectionFilter
 from distaff.frontend.core.rng import LazyRng, PRNGKey, is_valid_rng
 from distaff.frontend.core.scope import Scope
@@ -261,7 +260,7 @@ class Module(ModuleBase):
     ) -> Self:
         """A copy that holds ``variables``, for interactive use: its methods can be called directly."""
         _check_module(self)
-        return self.clone(parent=core_scope.bind(variables, rngs=rngs, mutable=mutable), _deep_clone=True)
+        return self.clone(parent=core.bind(variables, rngs=rngs, mutable=mutable), _deep_clone=True)
 
     def unbind(self) -> tuple[Self, dict[str, Any]]:
         """The inverse of ``bind``, for submodules of a bound module too: an unbound copy and its variables."""

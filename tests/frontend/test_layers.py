@@ -262,6 +262,7 @@ def test_multi_head_attention(same_as_flax, heads, options, cross, causal):
     )
 
 
+@pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated")
 @pytest.mark.parametrize("broadcast", [True, False])
 def test_attention_dropout_and_sown_weights(same_as_flax, broadcast):
     def build(nn):

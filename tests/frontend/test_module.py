@@ -295,6 +295,42 @@ def shared_scope(nn):
     return Model()
 
 
+def named_in_setup(nn):
+    class Model(nn.Module):
+        def setup(self):
+            self.a = nn.Dense(3, name="explicit")
+            shared = nn.Dense(4)
+            self.b = shared
+            self.also_b = shared
+            self.later = (self.a, nn.Dense(2))
+
+        def __call__(self, x):
+            return self.later[1](self.a(self.also_b(self.b(x))))
+
+    return Model()
+
+
+def post_init(nn):
+    class Model(nn.Module):
+        features: int
+        inner: Any = None
+
+        def __post_init__(self):
+            if self.inner is None:
+                self.inner = nn.Dense(self.features)
+            super().__post_init__()
+
+        def __call__(self, x):
+            return self.inner(x)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Model(3)(Model(4)(x))
+
+    return Outer()
+
+
 PROGRAMS = [
     compact_names,
     setup_attributes,
@@ -306,6 +342,8 @@ PROGRAMS = [
     random_streams,
     loops_and_partials,
     helper_methods,
+    named_in_setup,
+    post_init,
     shared_scope,
 ]
 
