@@ -63,7 +63,7 @@ def _corners(f: Callable[[Any, Any], Any], a: Bounds, b: Bounds) -> Bounds:
 
 def product(a: Bounds, b: Bounds) -> Bounds:
     """Bounds of ``a * b``; zero times an unbounded value is unknown."""
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         return _corners(np.multiply, a, b)
 
 

@@ -29,6 +29,7 @@ from distaff.compiler.ir.types import KEY, QUERY
 _LARGEST_CONSTANT = 65_536  # elements; larger arrays without positions are weights and treated as data
 _NONE = np.zeros(1, np.bool_)
 _ALL = np.ones(1, np.bool_)
+_ULPS = 8.0  # error of one operation, transcendental ones included
 _FLOAT_INFO: Any = jnp.finfo  # untyped in jax
 
 
@@ -36,8 +37,8 @@ _FLOAT_INFO: Any = jnp.finfo  # untyped in jax
 class Interval:
     """``q * query + k * key + [lo, hi]``, with one ``lo``, ``hi`` and ``live`` a block (or one for all of them).
 
-    ``data`` says whether the value depends on token data (then ``q`` and ``k`` are 0); ``integral`` whether it is a
-    whole number; a float one is exact as long as its dtype can hold it.
+    ``data`` says whether the value depends on token data (then ``q`` and ``k`` are 0). ``unit`` is a power of two of
+    which it is a whole multiple (0 if none is known): floating-point arithmetic on few enough units is exact.
     """
 
     lo: Floats
@@ -46,7 +47,7 @@ class Interval:
     k: float = 0.0
     data: bool = False
     live: Bools = dataclasses.field(default_factory=lambda: _NONE)
-    integral: bool = False
+    unit: float = 0.0
 
     def bounds(self, blocks: Blocks) -> Bounds:
         """Lowest and highest value over each block."""
@@ -83,7 +84,7 @@ def constant(value: Value) -> Interval | PositionTable:
     if dims:
         return PositionTable(array, dims, dict.fromkeys(dims, 0))
     low, high = np.full(1, array.min(), np.float64), np.full(1, array.max(), np.float64)
-    return Interval(*_defined(low, high), integral=array.dtype.kind in "biu" or bool((array == np.round(array)).all()))
+    return Interval(*_defined(low, high), unit=_unit_of(array))
 
 
 def known_array(value: Value) -> np.ndarray[Any, Any] | None:
@@ -97,6 +98,15 @@ def known_array(value: Value) -> np.ndarray[Any, Any] | None:
     if array.dtype == object:
         return None
     return array if array.dtype.kind in "biuf" else array.astype(np.float64)
+
+
+def _unit_of(array: np.ndarray[Any, Any]) -> float:
+    """The largest power of two, at most 1, that divides all finite elements."""
+    if array.dtype.kind in "biu":
+        return 1.0
+    fraction, exponent = np.frexp(array[np.isfinite(array) & (array != 0)].astype(np.float64))
+    whole = (fraction * 2.0**53).astype(np.int64)
+    return float(np.min((whole & -whole) * 2.0 ** (exponent - 53.0), initial=1.0))
 
 
 def token_slice(node: Node) -> PositionTable | None:
@@ -113,7 +123,7 @@ def token_slice(node: Node) -> PositionTable | None:
 def from_table(table: PositionTable, blocks: Blocks) -> Interval:
     """A table over each block."""
     low, high, slopes = table.bounds(blocks)
-    return Interval(low, high, slopes.get(QUERY, 0.0), slopes.get(KEY, 0.0), integral=table.integral)
+    return Interval(low, high, slopes.get(QUERY, 0.0), slopes.get(KEY, 0.0), unit=1.0 if table.integral else 0.0)
 
 
 def transfer(node: Node, args: Sequence[Interval], blocks: Blocks) -> list[Interval]:
@@ -140,8 +150,8 @@ def _iota(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
     size = node.outputs[0].type.shape[node.params["dimension"]]
     zero = np.zeros(1)
     if isinstance(size, Sym):
-        return Interval(zero, zero, float(size.axis == QUERY), float(size.axis == KEY), integral=True)
-    return Interval(zero, zero + max(size - 1, 0), integral=True)
+        return Interval(zero, zero, float(size.axis == QUERY), float(size.axis == KEY), unit=1.0)
+    return Interval(zero, zero + max(size - 1, 0), unit=1.0)
 
 
 def _add(args: Sequence[Interval]) -> Interval | None:
@@ -149,12 +159,12 @@ def _add(args: Sequence[Interval]) -> Interval | None:
     if a.data or b.data:
         return None
     low, high = _defined(a.lo + b.lo, a.hi + b.hi)
-    return Interval(low, high, a.q + b.q, a.k + b.k, integral=a.integral and b.integral)
+    return Interval(low, high, a.q + b.q, a.k + b.k, unit=min(a.unit, b.unit))
 
 
 def _neg(args: Sequence[Interval]) -> Interval | None:
     (a,) = args
-    return None if a.data else Interval(-a.hi, -a.lo, -a.q, -a.k, integral=a.integral)
+    return None if a.data else Interval(-a.hi, -a.lo, -a.q, -a.k, unit=a.unit)
 
 
 def _sub(args: Sequence[Interval]) -> Interval | None:
@@ -169,7 +179,7 @@ def _mul(args: Sequence[Interval]) -> Interval | None:
         if known and np.isfinite(b.lo[0]) and not a.data and (a.q or a.k):
             c = float(b.lo[0])
             low, high = _defined(*arithmetic.product((a.lo, a.hi), (b.lo, b.hi)))
-            return Interval(low, high, c * a.q, c * a.k, integral=a.integral and b.integral)
+            return Interval(low, high, c * a.q, c * a.k, unit=a.unit * b.unit)
     return None
 
 
@@ -179,10 +189,13 @@ def _convert(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
     source, target = node.inputs[0].type.dtype, node.outputs[0].type.dtype
     if target == np.bool_ and source != np.bool_:
         low, high = arithmetic.not_equal(a.bounds(blocks), (np.zeros(1), np.zeros(1)))
-        return Interval(low, high, data=a.data, live=a.live & (low < high), integral=True)
-    if target.kind in "iu" and not a.integral:
+        return Interval(low, high, data=a.data, live=a.live & (low < high), unit=1.0)
+    if target.kind == "f" and not (a.data or a.q or a.k):  # rounding is monotone
+        low, high = a.lo.astype(target).astype(np.float64), a.hi.astype(target).astype(np.float64)
+        return Interval(low, high, unit=a.unit)
+    if target.kind in "iu" and a.unit < 1:
         low, high = a.bounds(blocks)
-        return Interval(np.trunc(low), np.trunc(high), data=a.data, live=a.live, integral=True)
+        return Interval(np.trunc(low), np.trunc(high), data=a.data, live=a.live, unit=1.0)
     return a
 
 
@@ -207,7 +220,7 @@ def _select(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
     undecided_live = all_live | (predicate.live & all_settled)
     live = np.where(first == last, chosen_live, undecided_live) & (low < high)
     q, k = affine.pop() if len(affine) == 1 else (0.0, 0.0)
-    return Interval(low, high, q, k, data=any(a.data for a in args), live=live, integral=all(c.integral for c in cases))
+    return Interval(low, high, q, k, data=any(a.data for a in args), live=live, unit=min(c.unit for c in cases))
 
 
 def _join(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
@@ -217,7 +230,7 @@ def _join(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
     live = parts[0].live
     for part in parts[1:]:
         low, high, live = np.minimum(low, part.lo), np.maximum(high, part.hi), live & part.live
-    return Interval(low, high, data=any(p.data for p in parts), live=live, integral=all(p.integral for p in parts))
+    return Interval(low, high, data=any(p.data for p in parts), live=live, unit=min(p.unit for p in parts))
 
 
 def _gather(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
@@ -230,7 +243,7 @@ def _gather(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
     inside = (first >= 0) & (last <= min(room, default=-1))
     if source.data or "CLIP" in str(node.params["mode"]).upper():
         return source
-    return Interval(np.where(inside, source.lo, -np.inf), np.where(inside, source.hi, np.inf), integral=source.integral)
+    return Interval(np.where(inside, source.lo, -np.inf), np.where(inside, source.hi, np.inf), unit=source.unit)
 
 
 def contract(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
@@ -286,7 +299,7 @@ def _generic(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
     """Comparisons of positions keep what they have in common; all else is arithmetic on bounds."""
     if node.op in _COMPARISONS and (difference := _sub(args)) is not None:
         low, high = difference.bounds(blocks)
-        return Interval(*_COMPARISONS[node.op]((low, high), (np.zeros(1), np.zeros(1))), integral=True)
+        return Interval(*_COMPARISONS[node.op]((low, high), (np.zeros(1), np.zeros(1))), unit=1.0)
     bounds = [a.bounds(blocks) for a in args]
     if node.op in _COMPARISONS:
         return _finish(node, node.op, args, _COMPARISONS[node.op](*bounds), blocks)
@@ -301,8 +314,7 @@ def _finish(node: Node, op: str, args: Sequence[Interval], result: Bounds | None
     low, high = (np.full(1, -np.inf), np.full(1, np.inf)) if result is None else result
     low, high = _defined(low, high)
     if not data:
-        integral = op in _WHOLE or (op in _WHOLE_OF_WHOLE and all(a.integral for a in args))
-        return Interval(low, high, integral=integral or node.outputs[0].type.dtype.kind in "biu")
+        return Interval(low, high, unit=_unit_after(node, op, [a.unit for a in args]))
     all_ordinary = np.logical_and.reduce(np.broadcast_arrays(*ordinary))
     low = np.where(all_ordinary, np.maximum(low, -BOUND), low)
     high = np.where(all_ordinary, np.minimum(high, BOUND), high)
@@ -313,8 +325,12 @@ def _finish(node: Node, op: str, args: Sequence[Interval], result: Bounds | None
     return Interval(low, high, data=True, live=live)
 
 
-_WHOLE = frozenset({"floor", "ceil", "round", "sign"})
-_WHOLE_OF_WHOLE = frozenset({"add", "sub", "mul", "neg", "max", "min", "abs", "clamp", "square", "rem"})
+def _unit_after(node: Node, op: str, units: Sequence[float]) -> float:
+    if op in ("floor", "ceil", "round", "sign") or node.outputs[0].type.dtype.kind in "biu":
+        return 1.0
+    if op in ("mul", "square"):
+        return float(np.prod(units)) if op == "mul" else units[0] ** 2
+    return min(units) if op in ("add", "sub", "max", "min", "clamp", "abs", "rem") else 0.0
 
 
 def _harmless(op: str, low: Floats, high: Floats, ordinary: Bools, result_ordinary: Bools) -> Bools:
@@ -343,20 +359,20 @@ def _representable(node: Node, i: int, value: Interval, blocks: Blocks) -> Inter
         if not overflow.any():
             return value
         low, high = np.where(overflow, float(whole.min), low), np.where(overflow, float(whole.max), high)
-        return Interval(low, high, integral=True)
-    if node.op not in _ROUNDED:
+        return Interval(low, high, unit=1.0)
+    if node.op not in _ROUNDED or (node.op == "convert_element_type" and not value.q and not value.k):
         return value
     limits = _FLOAT_INFO(dtype)
     size = np.maximum(np.abs(low), np.abs(high))
-    if value.integral and (size <= 2.0 ** (limits.nmant + 1)).all():
+    if value.unit and (size <= value.unit * 2.0 ** (limits.nmant + 1)).all():
         return value
-    slack = np.where(np.isfinite(size), size, 0.0) * float(limits.eps)
+    slack = np.where(np.isfinite(size), size, 0.0) * _ULPS * float(limits.eps)
     low, high = value.lo - slack, value.hi + slack
     if not value.q and not value.k:
         tiny, largest = float(limits.tiny), float(limits.max)
         low = np.where((low > 0) & (low < tiny), 0.0, np.where(low < -largest, -np.inf, low))
         high = np.where((high < 0) & (high > -tiny), 0.0, np.where(high > largest, np.inf, high))
-    return dataclasses.replace(value, lo=low, hi=high, integral=False)
+    return dataclasses.replace(value, lo=low, hi=high, unit=0.0)
 
 
 _ROUNDED = frozenset(
