@@ -106,4 +106,5 @@ def is_tracer(value: Any) -> bool:
 
 def aval_dtype(aval: Any) -> np.dtype[Any]:
     """The NumPy dtype of an abstract value; raises TypeError for extended types such as PRNG keys."""
-    return np.dtype(aval.dtype)
+    dtype: np.dtype[Any] = np.dtype(aval.dtype)
+    return dtype

@@ -81,7 +81,7 @@ class _Matcher:
         root = self.body.outputs[0]
         weighted, weights, values, denominator = self.weighted_sum(root)
         exponentials = self.exponentials(weights, denominator)
-        scores = self.scores(exponentials.node.inputs[0])
+        scores = self.scores(self.need(exponentials).inputs[0])
         return self.layouts(root, weighted, weights, values, exponentials, denominator, scores)
 
     # -- the softmax, from the end upwards

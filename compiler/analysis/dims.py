@@ -131,8 +131,8 @@ def _slice(params: dict[str, Any], shapes: list[Shape], out: Shape) -> list[DimM
 
 
 def _dynamic_slice(params: dict[str, Any], shapes: list[Shape], out: Shape) -> list[DimMap]:
-    kept = tuple(i if d == o else TOUCHED for i, (d, o) in enumerate(zip(shapes[0], out, strict=True)))
-    return [kept] + [()] * (len(shapes) - 1)
+    kept: DimMap = tuple(i if d == o else TOUCHED for i, (d, o) in enumerate(zip(shapes[0], out, strict=True)))
+    return [kept, *([()] * (len(shapes) - 1))]
 
 
 def _pad(params: dict[str, Any], shapes: list[Shape], out: Shape) -> list[DimMap]:

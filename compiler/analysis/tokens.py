@@ -82,6 +82,7 @@ class _Classifier:
                 "write it with other jax.numpy operations, or describe it with distaff.compiler.register_dim_map",
             )  # fmt: skip
         self.check_axes(node)
+        self.check_new_axes(node, maps)
         if not DATA & set(kinds):
             return self.index(node, maps)
         if Kind.REQUEST in kinds:
@@ -106,6 +107,21 @@ class _Classifier:
                     node.op, node.location, f"it makes a value with three token axes, {value.type}",
                     "only one query and one key axis can be served",
                 )  # fmt: skip
+
+    def check_new_axes(self, node: Node, maps: list[DimMap]) -> None:
+        """A token dimension that comes from no operand is a repeat, an arange, or a table cut to the length."""
+        mapped = {dims[d] for v, dims in zip(node.inputs, maps, strict=True) for d in v.type.token_dims}
+        new = [d for d in node.outputs[0].type.token_dims if d not in mapped]
+        if not new or TOUCHED in mapped or node.op in ("iota", "broadcast_in_dim"):
+            return
+        if node.op == "slice" and not node.inputs[0].type.token_dims and node.params["strides"] is None:
+            starts, limits = node.params["start_indices"], node.params["limit_indices"]
+            if all(isinstance(starts[d], int) and limits[d] == Sym(offset=starts[d]) for d in new):
+                return
+        raise UnsupportedOperationError(
+            node.op, node.location, f"it makes a token axis of its own, in {node.outputs[0].type}",
+            "make positions with jnp.arange(tokens.shape[1]) and tables with table[:tokens.shape[1]]",
+        )  # fmt: skip
 
     def index(self, node: Node, maps: list[DimMap]) -> Kind:
         for value, dims in zip(node.inputs, maps, strict=True):

@@ -72,6 +72,7 @@ class Evaluator:
         dimension, shape = node.params["dimension"], node.outputs[0].type.shape
         dim = shape[dimension]
         dtype = node.params["dtype"]
+        line: Any
         if isinstance(dim, Sym):
             line = jnp.asarray(self.positions[dim.axis]).astype(dtype)
         else:
