@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from distaff.kernels.paged_attention.batch import StepBatch
 from distaff.kernels.paged_attention.pages import read_context
-from distaff.kernels.paged_attention.spec import AttentionSpec
+from distaff.kernels.paged_attention.spec import LOWEST, AttentionSpec
 from distaff.kernels.registry import register
-
-# Keeps the highest score finite where no key is visible.
-LOWEST = float(np.finfo(np.float32).min)
 
 
 @register("paged_attention", "reference", priority=-1)

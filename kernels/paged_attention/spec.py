@@ -7,6 +7,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+# What a running maximum of scores starts from: finite, so that a query that sees no key makes no NaN.
+LOWEST = float(np.finfo(np.float32).min)
 
 
 @dataclasses.dataclass(frozen=True)
