@@ -25,7 +25,7 @@ from distaff.runtime.outputs import RequestOutput
 from distaff.runtime.request import Request, RequestStatus
 from distaff.runtime.request_check import ModelLimits
 from distaff.runtime.sampling_params import SamplingParams
-from distaff.runtime.scheduler import Scheduler
+from distaff.runtime.scheduler import LeakError, Scheduler
 from distaff.runtime.stats import StatLogger, StepStats
 from distaff.runtime.step_executor import StepExecutor, StepResult
 from distaff.runtime.step_plan import RequestUpdate, StepPlan
@@ -335,10 +335,11 @@ class Engine:
         return self._scheduler.reset_prefix_cache()
 
     def check_idle(self) -> None:
-        """Raises `AssertionError` if an engine without requests still holds anything of one."""
-        assert not self._groups and not self._completions and not self._held, "requests are left"
-        assert self._executor.rows_in_use == 0, f"{self._executor.rows_in_use} rows are in use"
+        """Raises `LeakError` or `KVPoolError` unless nothing at all is left of finished requests."""
         self._scheduler.check_idle()
+        left = (len(self._groups), len(self._completions), len(self._held), self._executor.rows_in_use)
+        if any(left):
+            raise LeakError("an idle engine still has {} requests, {} + {} completions and {} rows".format(*left))
 
     def shutdown(self) -> None:
         """Ends all requests and stops loading programs in the background."""

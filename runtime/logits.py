@@ -23,8 +23,9 @@ _INFINITY = 0x7F800000  # the bits of float32 infinity
 class SamplingRows(NamedTuple):
     """Per-row parameters of one sampling call, packed by dtype so that a step uploads two arrays.
 
-    ``floats`` float32 [S, 6]: temperature (0: greedy), top_p, min_p, presence, frequency and repetition penalty.
-    ``ints`` int32 [S, 6]: row of the state, output position, top_k (0: off), min_tokens, two halves of the seed.
+    ``floats`` float32 [S, 7]: inverse temperature (0: greedy), top_p, logarithm of min_p, presence, frequency and
+    repetition penalty, a number drawn uniformly from [0, 1). ``ints`` int32 [S, 4]: row of the state, output position,
+    top_k (0: off), min_tokens.
     """
 
     floats: jax.Array
@@ -61,18 +62,18 @@ def sample_greedy(logits: jax.Array) -> jax.Array:
 def sample_random(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     """Tokens drawn with temperature, min-p, top-k and top-p, int32 [S]; greedy where the temperature is 0."""
     greedy = sample_greedy(logits)
-    temperature, top_p, min_p = (rows.floats[:, i] for i in range(3))
-    top_k = rows.ints[:, 2]
-    # Largest logit 0: exp() neither overflows nor loses the likely tokens.
-    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1)[:, None]
-    scaled = jnp.where(scaled >= jnp.log(min_p)[:, None], scaled, -jnp.inf)
+    sharpness, top_p, log_min_p = (rows.floats[:, i] for i in range(3))
+    top_k, uniform = rows.ints[:, 2], rows.floats[:, 6]
+
+    def threshold(logits: jax.Array) -> jax.Array:
+        scaled = _scaled(logits, sharpness)
+        return _truncation_threshold(jnp.where(scaled >= log_min_p[:, None], scaled, -jnp.inf), top_k, top_p)
+
     truncates = (top_k > 0) | (top_p < 1)
-    threshold = lax.cond(
-        truncates.any(), _truncation_threshold, lambda x, k, p: jnp.full_like(p, -jnp.inf), scaled, top_k, top_p
-    )
-    weights = jnp.where(scaled >= threshold[:, None], jnp.exp(scaled), 0)
-    drawn = _draw(weights, _uniform(rows.ints))
-    return jnp.where((temperature > 0) & (greedy != INVALID_TOKEN), drawn, greedy)
+    # The branch scales the logits itself: handing it the scaled ones would store them in every case.
+    truncated = lax.cond(truncates.any(), threshold, lambda _: jnp.full_like(top_p, -jnp.inf), logits)
+    drawn = _draw(_scaled(logits, sharpness), jnp.maximum(truncated, log_min_p), uniform)
+    return jnp.where((sharpness > 0) & (greedy != INVALID_TOKEN), drawn, greedy)
 
 
 def sample_with_state(logits: jax.Array, rows: SamplingRows, state: SamplerState) -> tuple[jax.Array, SamplerState]:
@@ -113,11 +114,9 @@ def _is_healthy(logits: jax.Array) -> jax.Array:
     return jnp.isfinite(jnp.max(logits, axis=-1)) & ~jnp.isnan(logits).any(axis=-1)
 
 
-def _uniform(ints: jax.Array) -> jax.Array:
-    """One number in [0, 1) per row, float32 [S]: a function of the row's seed and output position alone."""
-    seeds = lax.bitcast_convert_type(ints[:, 4:6], jnp.uint32)
-    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(seeds, impl="threefry2x32"), ints[:, 1])
-    return jax.vmap(jax.random.uniform)(keys)
+def _scaled(logits: jax.Array, sharpness: jax.Array) -> jax.Array:
+    """Logits over temperature, the largest 0: then exp() neither overflows nor loses the likely tokens."""
+    return (logits - jnp.max(logits, axis=-1, keepdims=True)) * sharpness[:, None]
 
 
 def _truncation_threshold(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -145,9 +144,14 @@ def _exact_threshold(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array) -> j
     """`_truncation_threshold` by bisection, for rows whose border lies outside the candidates."""
     # No logit is above 0, so the bits of its absolute value, as an integer, order the tokens from likely to unlikely.
     depths = lax.bitcast_convert_type(jnp.abs(scaled), jnp.int32)
-    kth = jnp.where(top_k > 0, _first_reaching(depths, jnp.ones_like(scaled), top_k.astype(jnp.float32)), _INFINITY)
+    everything = jnp.full_like(top_k, _INFINITY)
+    kth = lax.cond(
+        (top_k > 0).any(),
+        lambda: jnp.where(top_k > 0, _first_reaching(depths, jnp.ones_like(scaled), top_k), everything),
+        lambda: everything,
+    )
     weights = jnp.where(depths <= kth[:, None], jnp.exp(scaled), 0)
-    nucleus = jnp.where(top_p < 1, _first_reaching(depths, weights, top_p * weights.sum(axis=-1)), _INFINITY)
+    nucleus = jnp.where(top_p < 1, _first_reaching(depths, weights, top_p * weights.sum(axis=-1)), everything)
     return -lax.bitcast_convert_type(jnp.minimum(kth, nucleus), jnp.float32)
 
 
@@ -165,15 +169,20 @@ def _first_reaching(depths: jax.Array, weights: jax.Array, wanted: jax.Array) ->
     return reached
 
 
-def _draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Index with probability proportional to its weight, int32 [S]: first a block, then a token in it."""
-    rows, width = weights.shape
-    blocks = jnp.pad(weights, ((0, 0), (0, -width % _BLOCK))).reshape(rows, -1, _BLOCK)
-    sums = blocks.sum(axis=-1)
+def _draw(scaled: jax.Array, threshold: jax.Array, uniform: jax.Array) -> jax.Array:
+    """A token of at least the threshold with its probability, int32 [S]: first a block of tokens, then one of it."""
+
+    def weights(logits: jax.Array) -> jax.Array:
+        return jnp.where(logits >= threshold[:, None, None], jnp.exp(logits), 0)
+
+    rows, width = scaled.shape
+    blocks = jnp.pad(scaled, ((0, 0), (0, -width % _BLOCK)), constant_values=-jnp.inf).reshape(rows, -1, _BLOCK)
+    sums = weights(blocks).sum(axis=-1)
     below = jnp.cumsum(sums, axis=-1)
     target = uniform * below[:, -1]
     block = _first_above(sums, below, target)
-    inner = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    # Weighed again: XLA on CPU would compute all weights slowly if they had two uses.
+    inner = weights(jnp.take_along_axis(blocks, block[:, None, None], axis=1))[:, 0]
     rest = target - jnp.take_along_axis(below - sums, block[:, None], axis=-1)[:, 0]
     return block * _BLOCK + _first_above(inner, jnp.cumsum(inner, axis=-1), rest)
 

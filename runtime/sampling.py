@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -23,6 +24,9 @@ from distaff.runtime import logits as device
 from distaff.runtime.logits import SamplerState, SamplingRows, TokenLogprobs
 from distaff.runtime.request import Request
 from distaff.runtime.sampling_params import SamplingParams
+
+_ALL_BITS = 2**64 - 1
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Executables(Protocol):
@@ -53,6 +57,21 @@ def method_of(params: SamplingParams) -> Method:
     return Method.GREEDY if params.is_greedy else Method.RANDOM
 
 
+def uniform(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    """One number in [0, 1) for each seed and position: SplitMix64 (Steele, Lea and Flood, 2014) in counter mode.
+
+    Drawn on the host, because a counter-based generator in every sampling program would double the time to compile it.
+    """
+    bits = _mix(_mix(seeds + _GOLDEN) + positions.astype(np.uint64) * _GOLDEN)
+    return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+
+
+def _mix(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
 class Sampler:
     """Samples for up to ``max_rows`` requests at a time; every request keeps one row from admission to its end.
 
@@ -67,9 +86,10 @@ class Sampler:
         self._programs: dict[str, Callable[..., Any]] = {}
         # One row more than requests: padding, which is greedy and outside of the state.
         self._methods = np.zeros(max_rows + 1, np.int32)
-        self._floats = np.zeros((max_rows + 1, 6), np.float32)
-        self._ints = np.zeros((max_rows + 1, 6), np.int32)
+        self._floats = np.zeros((max_rows + 1, 7), np.float32)
+        self._ints = np.zeros((max_rows + 1, 4), np.int32)
         self._ints[:, 0] = np.arange(max_rows + 1)
+        self._seeds = np.zeros(max_rows + 1, np.uint64)
         self._state: SamplerState | None = None
 
     def admit(self, row: int, request: Request, seed: int) -> None:
@@ -79,11 +99,12 @@ class Sampler:
         """
         p = request.sampling_params
         self._methods[row] = method_of(p)
-        random = (0.0, 1.0, 0.0) if p.is_greedy else (p.temperature, p.top_p, p.min_p)
-        self._floats[row] = (*random, p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
-        top_k = p.top_k if not p.is_greedy and 0 < p.top_k < self._vocab_size else 0
-        halves = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32).view(np.int32)
-        self._ints[row, 1:] = (0, top_k, p.min_tokens, *halves)
+        sharpness, top_p, min_p = (0.0, 1.0, 0.0) if p.is_greedy else (1 / p.temperature, p.top_p, p.min_p)
+        log_min_p = math.log(min_p) if min_p > 0 else -math.inf
+        penalties = (p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
+        self._floats[row] = (sharpness, top_p, log_min_p, *penalties, 0)
+        self._ints[row, 1:] = (0, p.top_k if not p.is_greedy and 0 < p.top_k < self._vocab_size else 0, p.min_tokens)
+        self._seeds[row] = seed & _ALL_BITS
         if self._methods[row] == Method.STATEFUL:
             self._state = self._program("write-row")(self._allocated(), np.int32(row), self._line(request))
 
@@ -124,9 +145,10 @@ class Sampler:
             return cast(jax.Array, program(logits))
         padded = np.full(size, self._max_rows)
         padded[: len(rows)] = rows
-        ints = self._ints[padded]
+        floats, ints = self._floats[padded], self._ints[padded]
         ints[: len(rows), 1] = positions
-        packed: list[Any] = [self._floats[padded], ints]
+        floats[:, 6] = uniform(self._seeds[padded], ints[:, 1])
+        packed: list[Any] = [floats, ints]
         if method == Method.RANDOM:
             return cast(jax.Array, program(logits, SamplingRows(*packed)))
         tokens, self._state = program(logits, SamplingRows(*packed), self._allocated())
@@ -164,7 +186,7 @@ class Sampler:
     def _specification(self, kind: str, size: int) -> tuple[str, Any, list[Any]]:
         """Name, function and abstract arguments of the program for batches of ``size`` rows."""
         logits = _abstract((size, self._vocab_size), jnp.float32)
-        rows = SamplingRows(_abstract((size, 6), jnp.float32), _abstract((size, 6), jnp.int32))
+        rows = SamplingRows(_abstract((size, 7), jnp.float32), _abstract((size, 4), jnp.int32))
         if kind == "greedy":
             return f"sample-greedy-{size}", jax.jit(device.sample_greedy), [logits]
         if kind == "random":

@@ -171,10 +171,10 @@ class StepExecutor:
 
 
 def _scored_length(scheduled: ScheduledRequest) -> int:
-    """How many of a row's tokens are followed by a prompt token whose log-probability is wanted."""
+    """How many of a row's tokens are followed by a prompt token whose log-probability is wanted and not known yet."""
     request = scheduled.request
-    if request.sampling_params.prompt_logprobs is None:
-        return 0
+    if request.sampling_params.prompt_logprobs is None or request.output_token_ids:
+        return 0  # a prompt with output is computed again after preemption
     return max(0, min(scheduled.num_tokens, request.num_prompt_tokens - 1 - scheduled.start))
 
 

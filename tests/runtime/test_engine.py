@@ -305,6 +305,20 @@ def test_prompt_logprobs_come_once_in_deltas(make_engine):
     assert [len(output.prompt_logprobs) for output in outputs] == [3, 0, 0]
 
 
+def test_prompt_logprobs_come_once_in_spite_of_preemption(make_engine):
+    engine = make_engine(num_pages=18)
+    params = SamplingParams(max_tokens=25, ignore_eos=True, prompt_logprobs=0, output_kind=RequestOutputKind.DELTA)
+    prompts = random_prompts(11, 6, 30)
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, params)
+    given = {str(i): 0 for i in range(len(prompts))}
+    while engine.has_unfinished:
+        for output in engine.step():
+            given[output.request_id] += len(output.prompt_logprobs)
+    assert engine._scheduler.stats().preemptions > 0
+    assert list(given.values()) == [len(prompt) for prompt in prompts]
+
+
 def test_bad_logits_end_only_their_request(make_engine):
     engine = make_engine()
     engine._runner.break_row = 9

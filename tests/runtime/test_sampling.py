@@ -8,7 +8,7 @@ import pytest
 
 from distaff.runtime.executables import CompileForbiddenError, ExecutableCache, compilations
 from distaff.runtime.request import Request
-from distaff.runtime.sampling import Method, Sampler, method_of
+from distaff.runtime.sampling import Method, Sampler, method_of, uniform
 from distaff.runtime.sampling_params import SamplingParams
 
 VOCAB, ROWS = 50, 4
@@ -98,6 +98,17 @@ def test_rows_do_not_see_each_other(sampler):
     assert sample(sampler, logits, [0]) == [7]
     sampler.admit(0, request(temperature=0.0, presence_penalty=2.0, output=[7]), seed=0)
     assert sample(sampler, logits, [0]) == [8]
+
+
+@pytest.mark.smoke
+def test_uniform_numbers_are_uniform_and_independent():
+    seeds = np.arange(400, dtype=np.uint64)[:, None]
+    draws = uniform(seeds, np.arange(500, dtype=np.int32)[None])
+    assert draws.dtype == np.float32 and draws.min() >= 0 and draws.max() < 1
+    counts = np.bincount((draws.ravel() * 64).astype(int), minlength=64)
+    assert ((counts - draws.size / 64) ** 2 / (draws.size / 64)).sum() < 63 + 6 * np.sqrt(126)
+    for one, other in [(draws[:-1], draws[1:]), (draws[:, :-1], draws[:, 1:])]:
+        assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 6 / np.sqrt(draws.size)
 
 
 def test_all_bits_of_a_seed_count(sampler):
