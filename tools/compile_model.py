@@ -141,25 +141,30 @@ def _compile(
 
 
 def _build_executables(output: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """Compiles every program as the runtime will, so that the first start finds machine code; rows for the report."""
+    """Starts the engine once, which compiles every program as serving will; gives the rows of the report."""
+    from distaff.runtime.config import EngineConfig
+    from distaff.runtime.engine import Engine
+    from distaff.runtime.executables import ExecutableRecord
     from distaff.runtime.model_runner import ModelRunner
 
-    runner = ModelRunner(output, manifest, progress=True)
-    runner.warm_up()
-    runner.close()
-    traced = {row["name"]: row for row in manifest.report["lowering"]["programs"]}
-    rows = [
+    records: list[ExecutableRecord] = []
+
+    def make_runner(*arguments: Any, **options: Any) -> ModelRunner:
+        runner = ModelRunner(*arguments, **options)
+        runner.executables.records = records
+        return runner
+
+    Engine(output, EngineConfig(progress=True), make_runner=make_runner).shutdown()
+    compiled = {record.name: record for record in records if record.compiled}
+    return [
         {
-            **traced[record.name],
-            "compile_seconds": record.seconds,
-            "executable_bytes": record.bytes,
-            "scratch_bytes": record.scratch_bytes,
+            **row,
+            "compile_seconds": compiled[row["name"]].seconds,
+            "executable_bytes": compiled[row["name"]].bytes,
+            "scratch_bytes": compiled[row["name"]].scratch_bytes,
         }
-        for record in runner.executables.records
-        if record.compiled
+        for row in manifest.report["lowering"]["programs"]
     ]
-    order = list(traced)
-    return sorted(rows, key=lambda row: order.index(row["name"]))
 
 
 @contextmanager

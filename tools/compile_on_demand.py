@@ -107,7 +107,8 @@ def compile_loaded(
 def artifact_for(model: str, *, progress: Progress | None = None, **options: Any) -> Path:
     """The artifact folder of ``model``: itself if it is one, else compiled once and kept in `cache_folder`.
 
-    ``options`` are the fields of `CompileOptions`. A process that wants what another is compiling waits for it. Raises the errors of the loader and of the compiler.
+    ``options`` are the fields of `CompileOptions`. A process that wants what another is compiling waits for it. Raises
+    the errors of the loader and of the compiler.
     """
     if (Path(model) / MANIFEST).is_file():
         return Path(model)

@@ -1,6 +1,5 @@
-import multiprocessing
+import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -37,11 +36,6 @@ def forward(params, tokens, causal=True):
     return (x + mixed.reshape(1, length, WIDTH) @ params["o"]) @ params["embedding"].T
 
 
-class Tokenizer:
-    def save(self, folder: Path) -> None:
-        (Path(folder) / "tokenizer.json").write_text("{}")
-
-
 def loaded(**changes):
     values = dict(
         name="toy",
@@ -51,7 +45,7 @@ def loaded(**changes):
         eos_token_ids=(2,),
         bos_token_id=1,
         max_model_len=99,
-        tokenizer=Tokenizer(),
+        tokenizer=None,
         fingerprint="abc",
     )
     return SimpleNamespace(**{**values, **changes})
@@ -168,19 +162,19 @@ def test_on_demand_leaves_nothing_of_a_failure(tmp_path, loads):
     assert [file.suffix for file in (tmp_path / "artifacts").iterdir()] == [".lock"]
 
 
-def _hold(file: str, seconds: float) -> None:
-    with compile_on_demand._locked(Path(file)):
-        Path(file).with_suffix(".held").touch()
-        time.sleep(seconds)
-
-
-def test_the_lock_waits_for_another_process(tmp_path, caplog):
+def test_the_lock_waits_for_whoever_holds_it(tmp_path, caplog):
     lock = tmp_path / "x.lock"
-    other = multiprocessing.get_context("spawn").Process(target=_hold, args=(str(lock), 0.5))
-    other.start()
-    while not lock.with_suffix(".held").exists():
-        time.sleep(0.01)
+    order = []
+
+    def wait():
+        with compile_on_demand._locked(lock):
+            order.append("second")
+
     with compile_on_demand._locked(lock):
-        waited = "waiting for it" in caplog.text
-    other.join()
-    assert waited
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        while "waiting for it" not in caplog.text:
+            time.sleep(0.01)
+        order.append("first")
+    waiting.join()
+    assert order == ["first", "second"]
