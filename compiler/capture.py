@@ -58,13 +58,25 @@ def capture(function: Callable[[Any, Any], Any], params: Any, max_model_len: int
     traces = []
     for length in lengths:
         tokens = jax.ShapeDtypeStruct((1, length), np.dtype(np.int32))
-        traces.append(jax_compat.trace(flat, *abstract, tokens))
+        try:
+            traces.append(jax_compat.trace(flat, *abstract, tokens))
+        except (TypeError, ValueError, IndexError) as error:
+            raise ModelSignatureError(
+                f"the model cannot be traced for int32 tokens [1, {length}]: {error}"
+                + (
+                    ""
+                    if length == lengths[0]
+                    else f". It can at length {lengths[0]}: is max_model_len too large for it?"
+                )
+            ) from error
     _check_signature(traces[0])
     weights = [
         Value(TensorType(tuple(np.shape(leaf)), _dtype(leaf)), name=_path_name(path), data=leaf)
         for path, leaf in leaves
     ]
-    return _Capture(lengths).run(traces, weights)
+    captured = _Capture(lengths).run(traces, weights)
+    _check_tables(captured.graph, max_model_len)
+    return captured
 
 
 def probe_lengths(max_model_len: int) -> tuple[int, ...]:
@@ -74,6 +86,22 @@ def probe_lengths(max_model_len: int) -> tuple[int, ...]:
             raise ModelSignatureError(f"max_model_len is {max_model_len}; a model must take at least 4 tokens")
         return (max_model_len - 2, max_model_len - 1, max_model_len)
     return (*PROBES, min(max_model_len, LONGEST_PROBE))
+
+
+def _check_tables(graph: Graph, max_model_len: int) -> None:
+    """Arrays that are read by position must have a row for every position that is served."""
+    for node in graph.nodes:
+        for value in node.inputs:
+            cut = node.op == "slice" and value.is_constant and bool(node.outputs[0].type.token_dims)
+            dims = node.outputs[0].type.token_dims if cut else value.type.token_dims if value.is_table else ()
+            rows = min((np.shape(value.data)[d] for d in dims), default=max_model_len)
+            if rows < max_model_len:
+                raise UnsupportedOperationError(
+                    node.op,
+                    node.location,
+                    f"it reads an array of {rows} positions by position, and up to {max_model_len} are to be served",
+                    f"compute it from jnp.arange(tokens.shape[1]), or serve at most {rows} tokens (max_model_len)",
+                )
 
 
 def _dtype(leaf: Any) -> np.dtype[Any]:

@@ -156,3 +156,13 @@ def test_a_prefix_longer_than_any_probe_is_found():
 def test_wrong_outputs_are_named(model):
     with pytest.raises(ModelSignatureError, match="logits"):
         derive(model, zoo.parameters(), max_model_len=64)
+
+
+def test_tables_must_reach_the_longest_position():
+    model = zoo.decoder(zoo.causal_where, learned=True, rope=False)
+    derive(model, zoo.parameters(), max_model_len=256)
+    with pytest.raises(ModelSignatureError, match="max_model_len"):
+        derive(model, zoo.parameters(), max_model_len=300)
+    mask = zoo.decoder(zoo.numpy_mask)
+    refused = refusal(mask, zoo.parameters(), max_model_len=5000, error=UnsupportedOperationError)
+    assert "4096" in refused.reason and "model_zoo.py" in str(refused.location)
