@@ -134,9 +134,9 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     )
     tokenizer = tokenizers.Tokenizer(model)
     prefix = vocabulary.get("add_space_prefix") is not False
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement=_SPACE, prepend_scheme="first" if prefix else "never", split=False
-    )
+    visible = normalizers.Replace(" ", _SPACE)
+    # SentencePiece's dummy prefix: at the start and after each special token, as llama.cpp and published files have it.
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), visible]) if prefix else visible
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(content=" ", left=1)] * prefix)
     return tokenizer
