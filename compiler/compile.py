@@ -55,6 +55,8 @@ def compile_model(
     """
     chosen = default_buckets(max_batch, max_step_tokens) if buckets is None else buckets
     check_output(Path(output), force=force)
+    if progress is not None:
+        progress("deriving the serving step", 0, 1)
     step = derive_serve_step(
         fn, params, max_model_len=max_model_len, page_size=page_size, latent_cache=latent_cache, dump=dump
     )

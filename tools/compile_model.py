@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from distaff.compiler.artifact import Manifest
     from distaff.frontend.loading import LoadedModel
+    from distaff.runtime.executables import ExecutableRecord
     from distaff.tools.compile_on_demand import CompileOptions
 
 # Exit codes; click itself exits with 2 for wrong usage.
@@ -117,21 +118,13 @@ def _compile(
     explain: bool,
     force: bool,
 ) -> None:
-    from distaff.tools.compile_on_demand import compile_loaded
-    from distaff.tools.report import artifact_facts, show_facts, show_report, show_rows
+    from distaff.tools.compile_on_demand import build_executables, compile_loaded
+    from distaff.tools.report import artifact_facts, live_status, show_facts, show_report, show_rows
 
     began = time.perf_counter()
-    with console.status("deriving the serving step") as status:
-        manifest = compile_loaded(
-            loaded,
-            output,
-            options,
-            name=name,
-            dump=dump_ir,
-            force=force,
-            progress=lambda what, done, total: status.update(f"writing {what} {done}/{total}"),
-        )
-    programs = _build_executables(output, manifest)
+    with live_status(console) as progress:
+        manifest = compile_loaded(loaded, output, options, name=name, dump=dump_ir, force=force, progress=progress)
+    programs = _program_rows(manifest, build_executables(output))
     report = {key: value for key, value in manifest.report.items() if key != "lowering"}
     if explain:
         show_report(console, report)
@@ -140,21 +133,8 @@ def _compile(
     console.print(f"[green]compiled[/] to {output} in {time.perf_counter() - began:.1f} s\nnext: serve-model {output}")
 
 
-def _build_executables(output: Path, manifest: Manifest) -> list[dict[str, Any]]:
-    """Starts the engine once, which compiles every program as serving will; gives the rows of the report."""
-    from distaff.runtime.config import EngineConfig
-    from distaff.runtime.engine import Engine
-    from distaff.runtime.executables import ExecutableRecord
-    from distaff.runtime.model_runner import ModelRunner
-
-    records: list[ExecutableRecord] = []
-
-    def make_runner(*arguments: Any, **options: Any) -> ModelRunner:
-        runner = ModelRunner(*arguments, **options)
-        runner.executables.records = records
-        return runner
-
-    Engine(output, EngineConfig(progress=True), make_runner=make_runner).shutdown()
+def _program_rows(manifest: Manifest, records: Sequence[ExecutableRecord]) -> list[dict[str, Any]]:
+    """The model's programs (not the sampler's) with what exporting and compiling them took."""
     compiled = {record.name: record for record in records if record.compiled}
     return [
         {

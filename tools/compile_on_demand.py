@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from distaff.compiler.buckets import Bucket
     from distaff.compiler.lowering.build import Progress
     from distaff.frontend.loading import LoadedModel
+    from distaff.runtime.executables import ExecutableRecord
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,23 @@ def compile_loaded(
         force=force,
         progress=progress,
     )
+
+
+def build_executables(artifact: Path) -> list[ExecutableRecord]:
+    """Starts the engine once, with a progress bar, which compiles and stores every program that serving needs."""
+    from distaff.runtime.config import EngineConfig
+    from distaff.runtime.engine import Engine
+    from distaff.runtime.model_runner import ModelRunner
+
+    records: list[ExecutableRecord] = []
+
+    def make_runner(*arguments: Any, **options: Any) -> ModelRunner:
+        runner = ModelRunner(*arguments, **options)
+        runner.executables.records = records
+        return runner
+
+    Engine(artifact, EngineConfig(progress=True), make_runner=make_runner).shutdown()
+    return records
 
 
 def artifact_for(model: str, *, progress: Progress | None = None, **options: Any) -> Path:

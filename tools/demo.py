@@ -19,7 +19,8 @@ from typing import Any
 import click
 from rich.console import Console
 
-from distaff.tools.compile_on_demand import artifact_for
+from distaff.tools.compile_on_demand import artifact_for, build_executables
+from distaff.tools.report import live_status
 
 MODEL = "smollm2-135m"
 QUESTION = "What is a distaff? Answer in two sentences."
@@ -41,7 +42,9 @@ def main(cache: Path, model: str, question: str) -> None:
     os.environ["DISTAFF_CACHE"] = str(cache.resolve())  # for the download of the model and for the artifact
     try:
         console.print(f"[bold]1. compile[/] {model} (the first time takes a minute)")
-        artifact = artifact_for(model)
+        with live_status(console) as progress:
+            artifact = artifact_for(model, progress=progress)
+        build_executables(artifact)
         console.print(f"   artifact: {artifact}")
         console.print("[bold]2. serve[/]")
         log = artifact.parent / "demo-server.log"

@@ -6,13 +6,15 @@ pass can add to the report without a change here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from distaff.compiler.artifact import Manifest
+from distaff.compiler.lowering.build import Progress
 
 
 def show_report(console: Console, report: Mapping[str, Any]) -> None:
@@ -25,6 +27,21 @@ def show_report(console: Console, report: Mapping[str, Any]) -> None:
             show_rows(console, name, _counted(value))
         elif isinstance(value, Mapping):
             show_facts(console, name, value)
+
+
+@contextmanager
+def live_status(console: Console) -> Iterator[Progress]:
+    """A line that shows how far the compiler is, from its first word on: before that the loader has its own bar."""
+    status = console.status("")
+
+    def tell(what: str, done: int, total: int) -> None:
+        status.update(f"{what} {done}/{total}")
+        status.start()
+
+    try:
+        yield tell
+    finally:
+        status.stop()
 
 
 def show_facts(console: Console, title: str, facts: Mapping[str, Any]) -> None:

@@ -86,10 +86,10 @@ def build_artifact(
     with _replacing(output) as folder:
         programs = []
         for done, bucket in enumerate(buckets):
-            tell("programs", done, len(buckets))
+            tell("exporting programs", done, len(buckets))
             programs.append(exporter.program(bucket))
             _write(folder / PROGRAMS / programs[-1].spec.file, programs[-1].blob)
-        tell("weights", 0, 1)
+        tell("writing weights", 0, 1)
         (folder / WEIGHTS).mkdir()
         weights = write_weights(step.weights, folder / WEIGHTS)
         if model.tokenizer is not None:
@@ -117,7 +117,7 @@ def build_artifact(
             report={**step.report, "lowering": _report(programs, exporter.fixed_because)},
         )
         manifest.save(folder)
-        tell("weights", 1, 1)
+        tell("writing weights", 1, 1)
     return manifest
 
 

@@ -54,7 +54,12 @@ def test_an_artifact_is_complete_and_reads_back(tmp_path):
     assert not manifest.fixed_num_pages
     assert manifest.report["attentions"] == 2
     assert manifest.eos_token_ids == (3,)
-    assert seen == [("programs", 0, 2), ("programs", 1, 2), ("weights", 0, 1), ("weights", 1, 1)]
+    assert seen == [
+        ("exporting programs", 0, 2),
+        ("exporting programs", 1, 2),
+        ("writing weights", 0, 1),
+        ("writing weights", 1, 1),
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
