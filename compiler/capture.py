@@ -48,35 +48,46 @@ def capture(function: Callable[[Any, Any], Any], params: Any, max_model_len: int
     the result is not one array, `LengthLeakError` if the program branches on the length, and
     `UnsupportedOperationError` for loops that cannot be unrolled.
     """
-    lengths = probe_lengths(max_model_len)
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    abstract = [jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf)) for _, leaf in leaves]
-
-    def flat(*args: Any) -> Any:
-        return function(jax.tree_util.tree_unflatten(tree, args[:-1]), args[-1])
-
-    traces = []
-    for length in lengths:
-        tokens = jax.ShapeDtypeStruct((1, length), np.dtype(np.int32))
-        try:
-            traces.append(jax_compat.trace(flat, *abstract, tokens))
-        except (TypeError, ValueError, IndexError) as error:
-            raise ModelSignatureError(
-                f"the model cannot be traced for int32 tokens [1, {length}]: {error}"
-                + (
-                    ""
-                    if length == lengths[0]
-                    else f". It can at length {lengths[0]}: is max_model_len too large for it?"
-                )
-            ) from error
-    _check_signature(traces[0])
     weights = [
         Value(TensorType(tuple(np.shape(leaf)), _dtype(leaf)), name=_path_name(path), data=leaf)
         for path, leaf in leaves
     ]
-    captured = _Capture(lengths).run(traces, weights)
+
+    def flat(*args: Any) -> Any:
+        return function(jax.tree_util.tree_unflatten(tree, args[:-1]), args[-1])
+
+    lengths = probe_lengths(max_model_len)
+    try:
+        captured = _Capture(lengths).run(_traces(flat, weights, lengths), weights)
+    except LengthLeakError:
+        if not any(lengths[-1] in v.type.shape for v in weights):
+            raise
+        # A table with exactly as many rows is not cut at that length, so its trace lacks an operation.
+        lengths = (*lengths[:-1], lengths[-1] - 1)
+        captured = _Capture(lengths).run(_traces(flat, weights, lengths), weights)
     _check_tables(captured.graph, max_model_len)
     return captured
+
+
+def _traces(flat: Callable[..., Any], weights: list[Value], lengths: tuple[int, ...]) -> list[jax_compat.ClosedJaxpr]:
+    abstract = [jax.ShapeDtypeStruct(v.type.shape, v.type.dtype) for v in weights]
+    traces = []
+    for length in lengths:
+        try:
+            traces.append(jax_compat.trace(flat, *abstract, jax.ShapeDtypeStruct((1, length), np.dtype(np.int32))))
+        except (TypeError, ValueError, IndexError) as error:
+            hint = f". It can at length {lengths[0]}: is max_model_len too large for it?" if traces else ""
+            raise ModelSignatureError(
+                f"the model cannot be traced for tokens i32[1,{length}]: {error}{hint}"
+            ) from error
+    shapes = [tuple(v.aval.shape) for v in traces[0].jaxpr.outvars]
+    if len(shapes) != 1:
+        raise ModelSignatureError(
+            f"the model returns {len(shapes)} arrays of shapes {shapes}; return the logits alone, for example "
+            "lambda params, tokens: model(params, tokens)[0]"
+        )
+    return traces
 
 
 def probe_lengths(max_model_len: int) -> tuple[int, ...]:
@@ -111,15 +122,6 @@ def _dtype(leaf: Any) -> np.dtype[Any]:
 def _path_name(path: Any) -> str:
     keys = [getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))) for k in path]
     return ".".join(str(k) for k in keys if k is not None) or "weight"
-
-
-def _check_signature(trace: jax_compat.ClosedJaxpr) -> None:
-    shapes = [tuple(v.aval.shape) for v in trace.jaxpr.outvars]
-    if len(shapes) != 1:
-        raise ModelSignatureError(
-            f"the model returns {len(shapes)} arrays of shapes {shapes}; return the logits alone, for example "
-            "lambda params, tokens: model(params, tokens)[0]"
-        )
 
 
 class _Capture:
