@@ -31,7 +31,9 @@ def _inline(jaxpr, consts, args, nodes, at):
     env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
 
     def read(atom):
-        return _constant(atom.val) if isinstance(atom, jax_compat.Literal) else env[atom]
+        if isinstance(atom, jax_compat.Literal):
+            return _constant(np.asarray(atom.val, atom.aval.dtype))
+        return env[atom]
 
     for equation in jaxpr.eqns:
         inputs = [read(atom) for atom in equation.invars]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from distaff.compiler.analysis.blocks import Bools, Floats
@@ -17,6 +18,16 @@ Bounds = tuple[Floats, Floats]
 
 BOUND = 1e6  # ordinary data (attention scores above all) are assumed to stay within +-BOUND
 _LARGEST_WHOLE = 2.0**53
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether numbers of the dtype are real floating-point, those that NumPy does not know by itself included."""
+    return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def is_integer(dtype: np.dtype[Any]) -> bool:
+    """Whether the dtype is an integer one (booleans are not)."""
+    return bool(jnp.issubdtype(dtype, jnp.integer))
 
 
 def _truth(low: Bools, high: Bools) -> Bounds:
@@ -77,7 +88,7 @@ def _quotient(node: Node, a: Bounds, b: Bounds, divisor_is_data: bool) -> Bounds
     through_zero = (b[0] <= 0) & (b[1] >= 0)
     safe = (np.where(through_zero, 1.0, b[0]), np.where(through_zero, 1.0, b[1]))
     low, high = _corners(np.divide, a, safe)
-    if node.outputs[0].type.dtype.kind in "iu":
+    if is_integer(node.outputs[0].type.dtype):
         low, high = np.trunc(low), np.trunc(high)
     unknown_low = np.where((a[0] >= 0) & (b[0] >= 0) & divisor_is_data, 0.0, -np.inf)
     unknown_high = np.full(1, np.inf)
@@ -91,7 +102,7 @@ def _quotient(node: Node, a: Bounds, b: Bounds, divisor_is_data: bool) -> Bounds
 def _remainder(node: Node, a: Bounds, b: Bounds) -> Bounds:
     """The remainder of truncating division: it has the sign of ``a``."""
     c = np.maximum(np.abs(b[0]), np.abs(b[1]))
-    largest = c - 1 if node.outputs[0].type.dtype.kind in "iu" else c
+    largest = c - 1 if is_integer(node.outputs[0].type.dtype) else c
     low = np.where(a[0] >= 0, 0.0, np.maximum(-largest, a[0]))
     high = np.where(a[1] <= 0, 0.0, np.minimum(largest, a[1]))
     first, last = np.fmod(a[0], c), np.fmod(a[1], c)

@@ -13,6 +13,7 @@ mask that some cells may have and others not.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from distaff.compiler.analysis import interval_arithmetic as arithmetic
 from distaff.compiler.analysis.blocks import Blocks, Bools, Floats
-from distaff.compiler.analysis.interval_arithmetic import BOUND, Bounds
+from distaff.compiler.analysis.interval_arithmetic import BOUND, Bounds, is_float, is_integer
 from distaff.compiler.analysis.position_tables import PositionTable
 from distaff.compiler.ir import Node, Sym, Value
 from distaff.compiler.ir.types import KEY, QUERY
@@ -29,8 +30,10 @@ from distaff.compiler.ir.types import KEY, QUERY
 _LARGEST_CONSTANT = 65_536  # elements; larger arrays without positions are weights and treated as data
 _NONE = np.zeros(1, np.bool_)
 _ALL = np.ones(1, np.bool_)
+_ANY_UNIT = 2.0**60  # of zero, which is a multiple of everything
 _ULPS = 8.0  # error of one operation, transcendental ones included
 _FLOAT_INFO: Any = jnp.finfo  # untyped in jax
+_INTEGER_INFO: Any = jnp.iinfo
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,7 +73,7 @@ def _defined(low: Floats, high: Floats) -> Bounds:
 
 def ordinary_data(dtype: np.dtype[Any]) -> Interval:
     """Unknown token data of a dtype."""
-    low = 0.0 if dtype == np.bool_ or dtype.kind == "u" else -BOUND
+    low = 0.0 if dtype == np.bool_ or jnp.issubdtype(dtype, jnp.unsignedinteger) else -BOUND
     high = 1.0 if dtype == np.bool_ else BOUND
     return Interval(np.full(1, low), np.full(1, high), data=True, live=_ALL)
 
@@ -89,24 +92,24 @@ def constant(value: Value) -> Interval | PositionTable:
 
 def known_array(value: Value) -> np.ndarray[Any, Any] | None:
     """The array behind a constant or table as NumPy (bfloat16 widened), or None if its numbers may not be used."""
-    if value.data is None or (value.name and value.type.dtype.kind not in "biu"):
+    if value.data is None or (value.name and is_float(value.type.dtype)):
         return None  # weights may be replaced or quantised after the proof
     try:
         array = np.asarray(value.data)
     except TypeError:  # a traced or abstract array
         return None
-    if array.dtype == object:
-        return None
-    return array if array.dtype.kind in "biuf" else array.astype(np.float64)
+    if is_float(array.dtype):
+        return array.astype(np.float64) if array.dtype.kind == "V" else array
+    return array if array.dtype == np.bool_ or is_integer(array.dtype) else None
 
 
 def _unit_of(array: np.ndarray[Any, Any]) -> float:
-    """The largest power of two, at most 1, that divides all finite elements."""
-    if array.dtype.kind in "biu":
+    """The largest power of two that divides all finite elements."""
+    if not is_float(array.dtype):
         return 1.0
     fraction, exponent = np.frexp(array[np.isfinite(array) & (array != 0)].astype(np.float64))
     whole = (fraction * 2.0**53).astype(np.int64)
-    return float(np.min((whole & -whole) * 2.0 ** (exponent - 53.0), initial=1.0))
+    return float(np.min((whole & -whole) * 2.0 ** (exponent - 53.0), initial=_ANY_UNIT))
 
 
 def token_slice(node: Node) -> PositionTable | None:
@@ -132,7 +135,7 @@ def transfer(node: Node, args: Sequence[Interval], blocks: Blocks) -> list[Inter
         return [args[0]] * len(node.outputs)
     if node.op in _SPECIAL:
         results = [_SPECIAL[node.op](node, args, blocks)] * len(node.outputs)
-    elif node.op in _LINEAR and (linear := _LINEAR[node.op](args)) is not None:
+    elif (linear := _linear(node, args)) is not None:
         results = [linear]
     else:
         results = [_generic(node, args, blocks)] * len(node.outputs)
@@ -154,33 +157,45 @@ def _iota(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
     return Interval(zero, zero + max(size - 1, 0), unit=1.0)
 
 
-def _add(args: Sequence[Interval]) -> Interval | None:
-    a, b = args
-    if a.data or b.data:
-        return None
-    low, high = _defined(a.lo + b.lo, a.hi + b.hi)
+def _sum(a: Interval, b: Interval) -> Interval:
+    with np.errstate(invalid="ignore"):
+        low, high = _defined(a.lo + b.lo, a.hi + b.hi)
     return Interval(low, high, a.q + b.q, a.k + b.k, unit=min(a.unit, b.unit))
 
 
-def _neg(args: Sequence[Interval]) -> Interval | None:
-    (a,) = args
-    return None if a.data else Interval(-a.hi, -a.lo, -a.q, -a.k, unit=a.unit)
+def _negative(a: Interval) -> Interval:
+    return Interval(-a.hi, -a.lo, -a.q, -a.k, unit=a.unit)
 
 
-def _sub(args: Sequence[Interval]) -> Interval | None:
-    negative = _neg(args[1:])
-    return None if negative is None else _add((args[0], negative))
+def _scaled(a: Interval, factor: float, unit: float) -> Interval:
+    low, high = _defined(*arithmetic.product((a.lo, a.hi), (np.full(1, factor), np.full(1, factor))))
+    return Interval(low, high, factor * a.q, factor * a.k, unit=min(a.unit * unit, _ANY_UNIT))
 
 
-def _mul(args: Sequence[Interval]) -> Interval | None:
-    """Affine only if one factor is one known number."""
-    for a, b in (args, args[::-1]):
-        known = not b.data and not b.q and not b.k and b.lo.size == 1 and (b.lo == b.hi).all()
-        if known and np.isfinite(b.lo[0]) and not a.data and (a.q or a.k):
-            c = float(b.lo[0])
-            low, high = _defined(*arithmetic.product((a.lo, a.hi), (b.lo, b.hi)))
-            return Interval(low, high, c * a.q, c * a.k, unit=a.unit * b.unit)
+def _linear(node: Node, args: Sequence[Interval]) -> Interval | None:
+    """Sums, and products with and quotients by a known number, keep affine forms of positions."""
+    if any(a.data for a in args):
+        return None
+    if node.op in ("add", "add_any"):
+        return _sum(args[0], args[1])
+    if node.op == "sub":
+        return _sum(args[0], _negative(args[1]))
+    if node.op == "neg":
+        return _negative(args[0])
+    if node.op == "mul":
+        for a, b in (args, args[::-1]):
+            if (factor := _number(b)) is not None:
+                return _scaled(a, factor, b.unit)
+    if node.op == "div" and is_float(node.outputs[0].type.dtype) and (divisor := _number(args[1])):
+        inverse = 1 / divisor
+        return _scaled(args[0], inverse, abs(inverse) if np.frexp(abs(inverse))[0] == 0.5 else 0.0)
     return None
+
+
+def _number(a: Interval) -> float | None:
+    """The finite number that an interval is, if it is one and the same for all blocks."""
+    known = not a.q and not a.k and a.lo.size == 1 and a.lo[0] == a.hi[0] and np.isfinite(a.lo[0])
+    return float(a.lo[0]) if known else None
 
 
 def _convert(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
@@ -190,10 +205,11 @@ def _convert(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
     if target == np.bool_ and source != np.bool_:
         low, high = arithmetic.not_equal(a.bounds(blocks), (np.zeros(1), np.zeros(1)))
         return Interval(low, high, data=a.data, live=a.live & (low < high), unit=1.0)
-    if target.kind == "f" and not (a.data or a.q or a.k):  # rounding is monotone
-        low, high = a.lo.astype(target).astype(np.float64), a.hi.astype(target).astype(np.float64)
+    if is_float(target) and not (a.data or a.q or a.k):  # rounding is monotone
+        with np.errstate(over="ignore"):
+            low, high = a.lo.astype(target).astype(np.float64), a.hi.astype(target).astype(np.float64)
         return Interval(low, high, unit=a.unit)
-    if target.kind in "iu" and a.unit < 1:
+    if is_integer(target) and a.unit < 1:
         low, high = a.bounds(blocks)
         return Interval(np.trunc(low), np.trunc(high), data=a.data, live=a.live, unit=1.0)
     return a
@@ -284,7 +300,6 @@ _SPECIAL: dict[str, Any] = {
     "dot_general": _dot,
     "reduce_sum": _reduce_sum,
 }
-_LINEAR: dict[str, Any] = {"add": _add, "add_any": _add, "sub": _sub, "neg": _neg, "mul": _mul}
 _COMPARISONS = {
     "eq": arithmetic.equal,
     "ne": arithmetic.not_equal,
@@ -297,8 +312,8 @@ _COMPARISONS = {
 
 def _generic(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
     """Comparisons of positions keep what they have in common; all else is arithmetic on bounds."""
-    if node.op in _COMPARISONS and (difference := _sub(args)) is not None:
-        low, high = difference.bounds(blocks)
+    if node.op in _COMPARISONS and not any(a.data for a in args):
+        low, high = _sum(args[0], _negative(args[1])).bounds(blocks)
         return Interval(*_COMPARISONS[node.op]((low, high), (np.zeros(1), np.zeros(1))), unit=1.0)
     bounds = [a.bounds(blocks) for a in args]
     if node.op in _COMPARISONS:
@@ -315,9 +330,13 @@ def _finish(node: Node, op: str, args: Sequence[Interval], result: Bounds | None
     low, high = _defined(low, high)
     if not data:
         return Interval(low, high, unit=_unit_after(node, op, [a.unit for a in args]))
-    all_ordinary = np.logical_and.reduce(np.broadcast_arrays(*ordinary))
-    low = np.where(all_ordinary, np.maximum(low, -BOUND), low)
-    high = np.where(all_ordinary, np.minimum(high, BOUND), high)
+    low_stays = high_stays = functools.reduce(np.logical_and, ordinary)
+    if op in _RISING:  # each end follows from the same ends of the operands
+        ends = [bounds[0], *(((-b, -a) if op == "sub" else (a, b)) for a, b in bounds[1:])]
+        low_stays = functools.reduce(np.logical_and, [first >= -BOUND for first, _ in ends])
+        high_stays = functools.reduce(np.logical_and, [last <= BOUND for _, last in ends])
+    low = np.where(low_stays, np.maximum(low, -BOUND), low)
+    high = np.where(high_stays, np.minimum(high, BOUND), high)
     live = low < high
     within = (low >= -BOUND) & (high <= BOUND)
     for arg, (first, last), fits in zip(args, bounds, ordinary, strict=True):
@@ -325,11 +344,14 @@ def _finish(node: Node, op: str, args: Sequence[Interval], result: Bounds | None
     return Interval(low, high, data=True, live=live)
 
 
+_RISING = frozenset({"add", "add_any", "sub", "exp", "exp2"})
+
+
 def _unit_after(node: Node, op: str, units: Sequence[float]) -> float:
-    if op in ("floor", "ceil", "round", "sign") or node.outputs[0].type.dtype.kind in "biu":
+    if op in ("floor", "ceil", "round", "sign") or not is_float(node.outputs[0].type.dtype):
         return 1.0
     if op in ("mul", "square"):
-        return float(np.prod(units)) if op == "mul" else units[0] ** 2
+        return min(units[0] * units[-1], _ANY_UNIT)
     return min(units) if op in ("add", "sub", "max", "min", "clamp", "abs", "rem") else 0.0
 
 
@@ -348,31 +370,43 @@ def _harmless(op: str, low: Floats, high: Floats, ordinary: Bools, result_ordina
 
 
 def _representable(node: Node, i: int, value: Interval, blocks: Blocks) -> Interval:
-    """Widens functions of positions by what their dtype cannot hold: overflow, rounding, flushed tiny numbers."""
+    """Widens what a dtype cannot hold: overflow and, in functions of positions, rounding and flushed tiny numbers."""
     dtype = node.outputs[i].type.dtype
-    if value.data or dtype == np.bool_ or dtype.kind == "c":
+    integer = is_integer(dtype)
+    if not (integer or is_float(dtype)) or (integer and value.data):
         return value
     low, high = value.bounds(blocks)
-    if dtype.kind in "iu":
-        whole = np.iinfo(dtype)
-        overflow = (low < whole.min) | (high > whole.max)
-        if not overflow.any():
-            return value
-        low, high = np.where(overflow, float(whole.min), low), np.where(overflow, float(whole.max), high)
-        return Interval(low, high, unit=1.0)
-    if node.op not in _ROUNDED or (node.op == "convert_element_type" and not value.q and not value.k):
+    limits = _INTEGER_INFO(dtype) if integer else _FLOAT_INFO(dtype)
+    least, most = float(limits.min), float(limits.max)
+    if value.data:
+        least, most = min(least, -BOUND), max(most, BOUND)
+    below, above = low < least, high > most
+    if below.any() or above.any():
+        if integer:
+            low, high = np.where(below | above, least, low), np.where(below | above, most, high)
+        else:
+            low, high = np.where(below, -np.inf, low), np.where(above, np.inf, high)
+        value = dataclasses.replace(value, lo=low, hi=high, q=0.0, k=0.0)
+    if integer or value.data or node.op not in _ROUNDED:
         return value
-    limits = _FLOAT_INFO(dtype)
+    return _rounded(node, value, limits, blocks)
+
+
+def _rounded(node: Node, value: Interval, limits: Any, blocks: Blocks) -> Interval:
+    """A float function of positions after one more operation; casts of plain bounds have rounded them already."""
+    flat = not value.q and not value.k
+    low, high = value.bounds(blocks)
     size = np.maximum(np.abs(low), np.abs(high))
-    if value.unit and (size <= value.unit * 2.0 ** (limits.nmant + 1)).all():
+    exact = value.unit and (size <= value.unit * 2.0 ** (limits.nmant + 1)).all()
+    if exact or (flat and node.op == "convert_element_type"):
         return value
-    slack = np.where(np.isfinite(size), size, 0.0) * _ULPS * float(limits.eps)
-    low, high = value.lo - slack, value.hi + slack
-    if not value.q and not value.k:
-        tiny, largest = float(limits.tiny), float(limits.max)
-        low = np.where((low > 0) & (low < tiny), 0.0, np.where(low < -largest, -np.inf, low))
-        high = np.where((high < 0) & (high > -tiny), 0.0, np.where(high > largest, np.inf, high))
-    return dataclasses.replace(value, lo=low, hi=high, unit=0.0)
+    error = _ULPS * float(limits.eps)
+    if not flat:
+        return dataclasses.replace(value, lo=value.lo - size * error, hi=value.hi + size * error, unit=0.0)
+    tiny = float(limits.tiny)
+    low, high = low * (1 - np.sign(low) * error), high * (1 + np.sign(high) * error)
+    low, high = np.where((low > 0) & (low < tiny), 0.0, low), np.where((high < 0) & (high > -tiny), 0.0, high)
+    return Interval(low, high)
 
 
 _ROUNDED = frozenset(

@@ -272,9 +272,7 @@ def test_padding_masks():
     with pytest.raises(NotCausalError, match="query position 0, and masked scores are finite"):
         prove(functools.partial(with_tokens, where_lowest), 4096, (*LEAVES, TOKENS))
     with pytest.raises(NotCausalError, match="query position 0 can see key position 1,"):
-        prove(
-            lambda q, k, v, t: where_lowest(lambda i, j: (t > 5)[None] | (j <= i), q, k, v), 64, (*LEAVES, TOKENS)
-        )
+        prove(lambda q, k, v, t: where_lowest(lambda i, j: (t > 5)[None] | (j <= i), q, k, v), 64, (*LEAVES, TOKENS))
 
 
 def test_padding_mask_that_keeps_the_diagonal():
