@@ -61,9 +61,10 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the config and with any file's name, size or time of change; cheap, reads no tensor."""
+        """Changes with the config, the tokenizer, and any file's name, size or time of change; reads no tensor."""
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
-        return hashlib.sha256(repr((self.config, stats)).encode()).hexdigest()
+        known = self.config, self.eos_token_ids, self.bos_token_id, self.tokenizer, stats
+        return hashlib.sha256(repr(known).encode()).hexdigest()
 
 
 def token_ids(value: object) -> tuple[int, ...]:

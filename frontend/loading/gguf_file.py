@@ -20,7 +20,6 @@ import numpy as np
 from distaff.frontend.loading.checkpoint import Checkpoint, StoredTensor
 from distaff.frontend.loading.errors import CheckpointFormatError, MissingDependencyError
 from distaff.frontend.loading.gguf_config import config_of_metadata, end_tokens
-from distaff.frontend.loading.gguf_tokenizer import tokenizer_of_metadata
 from distaff.frontend.models import ConfigError, ModelConfig
 from distaff.frontend.models.rope import TabulatedScaling
 
@@ -57,8 +56,10 @@ def open_gguf(path: Path, dtype: str) -> Checkpoint:
     """
     try:
         import gguf
-    except ImportError:
-        raise MissingDependencyError("gguf", "gguf", f"reading {path.name}") from None
+
+        from distaff.frontend.loading.gguf_tokenizer import tokenizer_of_metadata
+    except ImportError as error:
+        raise MissingDependencyError(error.name or "gguf", "gguf", f"reading {path.name}") from None
     try:
         reader = gguf.GGUFReader(path)
     except (OSError, ValueError, IndexError, KeyError) as error:

@@ -26,7 +26,7 @@ class LoadedModel:
     """A model in memory: ``module.apply({"params": params}, tokens)``, or `apply`, gives its logits.
 
     ``eos_token_ids`` end a generation; ``max_model_len`` is the longest sequence in tokens; ``tokenizer`` is None if
-    the checkpoint has none; ``fingerprint`` changes whenever the files, the config or the dtype do.
+    the checkpoint has none; ``fingerprint`` changes whenever the files, the config, the tokenizer or the dtype do.
     """
 
     name: str

@@ -183,6 +183,7 @@ def _windows(fields: Fields, window: int | None, default_types: list[str]) -> tu
     """The window of each layer: ``window`` where ``layer_types`` says that attention is sliding."""
     types = fields.data.get("layer_types") or default_types
     known = {"full_attention": None, "sliding_attention": window}
-    if not isinstance(types, list) or len(types) != len(default_types) or not all(t in known for t in types):
+    listed = isinstance(types, list) and len(types) == len(default_types)
+    if not listed or not all(isinstance(t, str) and t in known for t in types):
         raise fields.error("layer_types", f"must list {len(default_types)} of {', '.join(known)}")
     return tuple(known[t] for t in types)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from tiny_checkpoints import make_reference, random_tokens, reference_logits, relative_error
 from tiny_gguf import ARCHITECTURES, converted, model_metadata, permute, reference_from_gguf, write_gguf
 
-from distaff.frontend.loading import CheckpointFormatError, TensorMismatchError, load_model
+from distaff.frontend.loading import CheckpointFormatError, MissingDependencyError, TensorMismatchError, load_model
 from distaff.frontend.models import ConfigError, UnsupportedArchitectureError
 from distaff.frontend.models.rope import LinearScaling, TabulatedScaling, YarnScaling
 
@@ -272,4 +274,12 @@ def test_files_that_are_not_whole(tmp_path):
 def test_a_file_without_a_model(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", "llama", {"adapter.weight": np.zeros((2, 2), np.float32)}, metadata())
     with pytest.raises(CheckpointFormatError, match="not a language model"):
+        load(path)
+
+
+@pytest.mark.smoke
+def test_without_the_package(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "m.gguf", "llama", numpy_tensors(), metadata())
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingDependencyError, match=r"package gguf; install it with: pip install 'distaff\[gguf\]'"):
         load(path)

@@ -240,7 +240,10 @@ def test_fingerprint(tmp_path):
     second = load(folder).fingerprint
     assert second != first
     os.utime(folder / "model.safetensors", ns=(1, 1))
-    assert load(folder).fingerprint not in (first, second)
+    third = load(folder).fingerprint
+    assert third not in (first, second)
+    (folder / "tokenizer.json").write_text(tokenizer_text())
+    assert load(folder).fingerprint not in (first, second, third)
 
 
 @pytest.mark.smoke

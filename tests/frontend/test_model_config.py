@@ -120,7 +120,7 @@ def test_windows():
         ),
         (dict(architectures=["Qwen3ForCausalLM"], head_dim=8, layer_types=["full_attention"]), ["layer_types", "4"]),
         (
-            dict(architectures=["Qwen3ForCausalLM"], head_dim=8, layer_types=["linear_attention"] * 4),
+            dict(architectures=["Qwen3ForCausalLM"], head_dim=8, layer_types=[["full_attention"]] * 4),
             ["layer_types", "sliding_attention"],
         ),
     ],
