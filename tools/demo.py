@@ -23,7 +23,7 @@ from distaff.tools.compile_on_demand import artifact_for, build_executables
 from distaff.tools.report import live_status
 
 MODEL = "smollm2-135m"
-QUESTION = "What is a distaff? Answer in two sentences."
+QUESTION = "What is the capital of France? Answer in one sentence."
 START_SECONDS = 120
 SHUTDOWN_SECONDS = 20
 
