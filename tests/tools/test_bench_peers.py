@@ -1,0 +1,181 @@
+"""bench-peers without peers: its requests, its bookkeeping, and a run with toy drivers in place of the engines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from distaff.tools import bench_peers, peer_engines
+from distaff.tools.bench_peers import ModelForms, compare, main, make_job, watch
+from distaff.tools.peer_engines import ENGINES, PEERS, Interpreter, Peer, PeerError, last_line
+from distaff.tools.peer_report import Row, agreement, markdown, write_json, write_plot
+
+TOY = """
+import time
+class Engine:
+    def __init__(self, model, options):
+        self.options = options
+        if options.get("fail"):
+            raise ValueError("no such model: " + model)
+        time.sleep(options.get("sleep", 0))
+    def generate(self, prompts, counts):
+        time.sleep(0.02 * max(counts))
+        return [[p[0] + self.options["add"]] * (c - self.options.get("lost", 0)) for p, c in zip(prompts, counts)]
+"""
+
+
+@pytest.fixture
+def toys(tmp_path, monkeypatch):
+    """Makes peers whose driver is `TOY`, run by this interpreter."""
+    (tmp_path / "toy.py").write_text(TOY)
+    harness = peer_engines.DRIVERS / "harness.py"
+    (tmp_path / "harness.py").write_text(harness.read_text())
+    monkeypatch.setattr(bench_peers, "DRIVERS", tmp_path)
+    monkeypatch.setattr(bench_peers, "machine_note", lambda: "")
+
+    def make(engine="toy", **options):
+        return Peer(
+            engine=engine, driver="toy", dtype="float32", weights="artifact", distribution="click", options=options
+        )
+
+    return make
+
+
+def run(peers, job, tmp_path, timeout=60.0):
+    return compare(peers, job, ModelForms(tmp_path, tmp_path), tmp_path, tmp_path, timeout)
+
+
+def test_requests_are_seeded_and_scaled():
+    job, _ = make_job(64, 0, 1.0, 49152)
+    assert make_job(64, 0, 1.0, 49152)[0] == job != make_job(64, 1, 1.0, 49152)[0]
+    assert len(job["prompts"]) == len(job["counts"]) == 64
+    assert all(20 <= len(prompt) <= 600 for prompt in job["prompts"]) and max(map(len, job["prompts"])) > 500
+    assert all(16 <= count <= 256 for count in job["counts"]) and max(job["counts"]) > 200
+    assert [len(prompt) for prompt in job["single_prompts"]] == [8, 32, 32] and job["single_count"] == 128
+    assert job["single_prompts"][1] != job["single_prompts"][2]  # a prefix cache must not help the second
+    small, _ = make_job(4, 0, 0.1, 49152)
+    assert max(map(len, small["prompts"])) <= 60 and max(small["counts"]) <= 26 and small["single_count"] == 13
+
+
+def test_peers_are_well_formed():
+    assert ENGINES == ("distaff", "transformers", "vllm", "llama_cpp")
+    assert len({peer.name for peer in PEERS}) == len(PEERS)
+    for peer in PEERS:
+        assert (peer_engines.DRIVERS / f"{peer.driver}.py").is_file()
+        json.dumps(dict(peer.options))
+
+
+def test_an_openmp_in_the_environment_is_preloaded(tmp_path):
+    vllm = next(peer for peer in PEERS if peer.engine == "vllm")
+    assert "LD_PRELOAD" not in vllm.environment(tmp_path)
+    library = tmp_path / "lib" / "sub" / "libiomp5.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert vllm.environment(tmp_path)["LD_PRELOAD"] == str(library.resolve())
+
+
+def test_a_run_measures_and_compares(toys, tmp_path):
+    job, _ = make_job(4, 0, 0.1, 1000)
+    rows = run([toys("distaff", add=1, sleep=0.3), toys("same", add=1), toys("other", add=2)], job, tmp_path)
+    assert [(row.engine, row.agreement, row.note) for row in rows] == [
+        ("distaff", 1.0, ""),
+        ("same", 1.0, ""),
+        ("other", 0.0, ""),
+    ]
+    tokens, prompt = sum(job["counts"]), sum(map(len, job["prompts"]))
+    for row in rows:
+        assert row.total_per_s / row.output_per_s == pytest.approx((tokens + prompt) / tokens)
+        assert row.output_per_s < tokens / (0.02 * max(job["counts"]))
+        assert 5 < row.decode_per_s < 100  # the toy takes 20 ms a token
+        assert 1 < row.peak_mib < 1000
+    assert 0.3 < rows[0].startup_s < 30
+
+
+def test_a_failure_is_a_row_and_the_rest_goes_on(toys, tmp_path):
+    job, _ = make_job(2, 0, 0.1, 1000)
+    missing = dataclasses.replace(toys("missing", add=1), distribution="no-such-distribution")
+    peers = [toys("broken", add=1, fail=True), toys("short", add=1, lost=1), missing, toys("fine", add=1)]
+    broken, short, absent, fine = run(peers, job, tmp_path)
+    assert "ValueError: no such model" in broken.note and broken.output_per_s is None
+    assert "RuntimeError: wanted [1] tokens, got [0]" in short.note
+    assert "no-such-distribution is not installed" in absent.note
+    assert fine.output_per_s > 0 and fine.agreement is None and not fine.note
+
+
+def test_an_engine_that_hangs_is_ended(toys, tmp_path):
+    job, _ = make_job(2, 0, 0.1, 1000)
+    began = time.monotonic()
+    (row,) = run([toys(add=1, sleep=60)], job, tmp_path, timeout=1.0)
+    assert "did not end within 1 s" in row.note and time.monotonic() - began < 20
+
+
+def test_memory_of_children_counts():
+    child = "import time; held = bytearray(150 << 20); time.sleep(1.5)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    process = subprocess.Popen([sys.executable, "-c", parent], start_new_session=True)
+    assert 150 << 20 < watch(process, 60) < 400 << 20
+
+
+def test_a_missing_environment_is_made_in_order(tmp_path, monkeypatch):
+    commands = []
+
+    def record(command, **kwargs):
+        commands.append((list(map(str, command)), kwargs["env"].get("CMAKE_ARGS")))
+        return subprocess.CompletedProcess(command, len(commands) == 3, "", "noise\nERROR: no matching version\n\n")
+
+    monkeypatch.setattr(peer_engines.subprocess, "run", record)
+    llama = next(peer for peer in PEERS if peer.engine == "llama_cpp")
+    peer = dataclasses.replace(llama, requirements=("first==1", "second==2", "third==3"))
+    with pytest.raises(PeerError, match=r"second==2: ERROR: no matching version$"):
+        peer_engines.interpreter(peer, tmp_path)
+    assert [command[-1] for command, _ in commands] == [str(tmp_path / "llama_cpp"), "first==1", "second==2"]
+    assert commands[1][1] == "-DGGML_NATIVE=ON"
+
+
+def test_the_current_environment_serves_peers_without_requirements(tmp_path):
+    found = peer_engines.interpreter(PEERS[0], tmp_path)
+    assert found == Interpreter(Path(sys.executable), found.version, {}) and found.version
+
+
+def test_agreement_and_last_lines():
+    assert agreement([[1, 2], [3], [4]], [[1, 2], [3], [5]]) == pytest.approx(2 / 3)
+    assert last_line("a\nreason\n \n") == "reason" and last_line("") == "no output"
+
+
+def test_reports(tmp_path):
+    good = Row("distaff", "float32", "1", 1.25, 1234.5, 2000.0, 50.0, 700.0, 0.5, "")
+    failed = Row("vllm", "float32", note="failed: a | b")
+    lines = markdown([good, failed]).splitlines()
+    assert lines[2] == "| distaff | 1 | float32 | 1.2 | 1,234.5 | 2,000.0 | 50.0 | 700.0 | 50% |  |"
+    assert lines[3].count("–") == 6 and r"a \| b" in lines[3]
+    write_json(tmp_path / "r.json", [good, failed], {"requests": 3})
+    assert json.loads((tmp_path / "r.json").read_text())["rows"][1]["note"] == "failed: a | b"
+    pytest.importorskip("matplotlib")
+    write_plot(tmp_path / "r.svg", [good, failed])
+    picture = (tmp_path / "r.svg").read_text()
+    assert "distaff" in picture and "vllm" not in picture
+
+
+def test_the_command_line(tmp_path, monkeypatch):
+    asked = []
+
+    def record(peers, job, forms, environments, work, timeout):
+        asked.extend(peer.name for peer in peers)
+        return [Row("distaff", "float32", "1", 1.0, 2.0, 3.0, 4.0, 5.0, 1.0)]
+
+    monkeypatch.setattr(bench_peers, "compare", record)
+    arguments = ["--engines", "vllm,distaff", "--num-prompts", "2", "--envs", tmp_path, "--output", tmp_path / "t.md"]
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    assert asked == ["distaff-float32", "vllm-float32", "vllm-bfloat16"]
+    assert "| distaff | 1 | float32 |" in (tmp_path / "t.md").read_text()
+    assert len((tmp_path / "work" / "workload.jsonl").read_text().splitlines()) == 2
+    result = CliRunner().invoke(main, ["--engines", "distaff,nothing"])
+    assert result.exit_code == 2 and "nothing; known are distaff" in result.output
