@@ -1,14 +1,15 @@
 """The real checkpoint, compiled once for all end-to-end tests, and transformers on the same weights as the judge."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_gguf import reference_from_gguf
 
 from distaff.compiler import compile_model
 from distaff.compiler.buckets import parse_buckets
 from distaff.frontend.loading import load_model
+from distaff.frontend.loading.demo_model import find_demo_model
 
 
 @pytest.fixture(scope="session")
@@ -42,12 +43,20 @@ def reference(smollm2):
     """``reference(token_ids) -> float32 logits [S, vocab]`` of transformers on the same GGUF weights."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from distaff.frontend.loading.demo_model import find_demo_model
-
-    path = find_demo_model()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        os.fspath(path.parent), gguf_file=path.name, dtype=torch.float32
-    ).eval()
+    c = smollm2.config
+    config = transformers.LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads,
+        max_position_embeddings=c.max_position_embeddings,
+        rms_norm_eps=c.norm_epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        tie_word_embeddings=True,
+    )
+    model = reference_from_gguf(find_demo_model(), config)
 
     def logits(token_ids: list[int]) -> np.ndarray:
         with torch.no_grad():

@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+from tally import Tally
 
 from distaff.runtime import Engine, EngineConfig, SamplingParams
 
@@ -76,16 +77,17 @@ def test_alone_equals_transformers(expected):
 @pytest.mark.parametrize("caching", [True, False], ids=["caching", "no-caching"])
 @pytest.mark.parametrize("num_pages", [512, SMALL_POOL], ids=["roomy", "preempting"])
 def test_a_batch_with_random_arrival_gives_the_same_tokens(expected, prompts, smollm2_artifact, caching, num_pages):
-    engine = Engine(smollm2_artifact, EngineConfig(num_pages=num_pages, enable_prefix_caching=caching))
+    tally = Tally()
+    config = EngineConfig(num_pages=num_pages, enable_prefix_caching=caching)
+    engine = Engine(smollm2_artifact, config, stat_loggers=[tally])
     rng = random.Random(num_pages)
     arrivals = {i: rng.randrange(0, 30) for i in range(len(prompts))}
-    preemptions = 0
     order = dict(enumerate(prompts))
     found = {}
     for _ in range(2 if caching else 1):  # the second time from the prefix cache
         found = run(engine, order, arrivals)
-        preemptions += engine.stats.preemptions
         assert [found[i] for i in range(20)] == expected
     if num_pages == SMALL_POOL:
-        assert preemptions > 0
-    assert engine.stats.kv_cache_usage == 0.0
+        assert tally.preemptions > 0
+    assert (tally.cache_hits > 0) == caching
+    engine.check_idle()
