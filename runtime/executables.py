@@ -120,8 +120,9 @@ class ExecutableCache:
             logger.warning("%s is damaged; compiling again", path)
             return None
         try:
+            code, in_tree, out_tree = pickle.loads(payload)
             executable = serialize_executable.deserialize_and_load(
-                *pickle.loads(payload), backend=self._device.client, execution_devices=[self._device]
+                code, in_tree, out_tree, backend=self._device.client, execution_devices=[self._device]
             )
         except Exception as error:
             # Unpickling and XLA raise what they like; whatever it is, the program can be compiled again.
@@ -148,7 +149,7 @@ class _CompileCounter:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _on_event(self, event: str, duration: float, **_: str | int) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             self.count += 1
 

@@ -1,4 +1,4 @@
-"""Imports run one way: tools -> all; frontend -> compiler.ir; runtime -> compiler.artifact, kernels; kernels -> none."""
+"""Imports run one way, as docs/architecture.md draws them."""
 
 import ast
 from pathlib import Path
@@ -42,11 +42,10 @@ def test_imports_run_one_way(folder):
         for line, name in imports(path):
             where = f"{path.relative_to(ROOT)}:{line} imports {name}"
             drives = path.parent == ROOT / "tools" / "peers"  # benchmarks run the references as competitors
-            if name == "relative" or (within(name, REFERENCES) and not drives):
-                wrong.append(where)
-            elif within(name, ("distaff",)) and not within(name, ALLOWED[folder]):
-                wrong.append(where)
-            elif within(name, PRIVATE_JAX) and path.name != "jax_compat.py":
+            reference = within(name, REFERENCES) and not drives
+            upwards = within(name, ("distaff",)) and not within(name, ALLOWED[folder])
+            private = within(name, PRIVATE_JAX) and path.name != "jax_compat.py"
+            if name == "relative" or reference or upwards or private:
                 wrong.append(where)
     assert not wrong, "\n".join(wrong)
 

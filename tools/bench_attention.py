@@ -116,8 +116,9 @@ def ragged(contexts: np.ndarray[Any, Any], computed: np.ndarray[Any, Any], decod
     starts = np.concatenate([[0], np.cumsum(contexts - computed)]).astype(np.int32)
     positions = (np.arange(len(rows)) - starts[rows] + computed[rows]).astype(np.int32)
     slots = tables[rows, positions // PAGE] * PAGE + positions % PAGE
-    batch = StepBatch(rows * 0, positions, slots, rows, starts, contexts, tables, np.int32(decodes), rows[:1] * 0)
-    return StepBatch(*map(jnp.asarray, batch)), len(pages) + 1
+    none = rows * 0
+    arrays = (none, positions, slots, rows, starts, contexts, tables, np.int32(decodes), none[:1])
+    return StepBatch(*map(jnp.asarray, arrays)), len(pages) + 1
 
 
 def fields(vary: tuple[str, ...]) -> list[str]:
