@@ -2,6 +2,8 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 CACHE ?= .cache
+# A worker a core; a file stays with one worker, as its fixtures are expensive.
+PARALLEL ?= -n auto --dist loadfile
 
 .PHONY: demo test lint typecheck pytest smoke clean
 
@@ -19,11 +21,11 @@ typecheck: $(VENV)/.test build/links
 	cd build/links && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml -p distaff
 
 pytest: $(VENV)/.test
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest $(PARALLEL)
 
 # The quick subset, which needs no torch, transformers or flax.
 smoke: $(VENV)/.smoke
-	$(VENV)/bin/pytest -m smoke
+	$(VENV)/bin/pytest -m smoke $(PARALLEL)
 
 build/links:
 	mkdir -p $@/distaff
