@@ -58,7 +58,7 @@ def make_job(num_prompts: int, seed: int, scale: float, vocab_size: int) -> tupl
         output_len=(scaled(16), scaled(256)),
         vocab_size=vocab_size,
     )
-    single = WorkloadSpec(kind="fixed", num_prompts=3, seed=seed + 1, input_len=(1, scaled(32)), vocab_size=vocab_size)
+    single = WorkloadSpec(kind="fixed", num_prompts=4, seed=seed + 1, input_len=(1, scaled(32)), vocab_size=vocab_size)
     first, *others = [item.prompt for item in single.make()]
     items = spec.make()
     job = {

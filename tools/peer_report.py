@@ -89,7 +89,7 @@ def write_plot(path: Path, rows: Sequence[Row]) -> None:
     labels = [f"{row.engine}\n{row.dtype.split(',')[0]}" for row in shown]
     figure, panels = pyplot.subplots(1, len(_PANELS), figsize=(3.2 * len(_PANELS), 1 + 0.5 * len(shown)), sharey=True)
     for axes, name in zip(panels, _PANELS, strict=True):
-        bars = axes.barh(labels, [getattr(row, name) for row in shown])
+        bars = axes.barh(labels, [getattr(row, name) or 0.0 for row in shown])
         axes.bar_label(bars, fmt="{:,.0f}", padding=2)
         axes.margins(x=0.25)
         axes.set_xlabel(dict(_COLUMNS)[name])

@@ -58,8 +58,8 @@ def test_requests_are_seeded_and_scaled():
     assert len(job["prompts"]) == len(job["counts"]) == 64
     assert all(20 <= len(prompt) <= 600 for prompt in job["prompts"]) and max(map(len, job["prompts"])) > 500
     assert all(16 <= count <= 256 for count in job["counts"]) and max(job["counts"]) > 200
-    assert [len(prompt) for prompt in job["single_prompts"]] == [8, 32, 32] and job["single_count"] == 128
-    assert job["single_prompts"][1] != job["single_prompts"][2]  # a prefix cache must not help the second
+    assert [len(prompt) for prompt in job["single_prompts"]] == [8, 32, 32, 32] and job["single_count"] == 128
+    assert len({prompt[0] for prompt in job["single_prompts"]}) == 4  # a prefix cache must not help
     small, _ = make_job(4, 0, 0.1, 49152)
     assert max(map(len, small["prompts"])) <= 60 and max(small["counts"]) <= 26 and small["single_count"] == 13
 

@@ -37,18 +37,21 @@ def timed(engine: Engine, prompts: list[list[int]], counts: list[int]) -> tuple[
 def measure(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
     """Times the job: the first token, then one request alone, then all requests together.
 
-    The decode rate of the request alone is over its tokens after the first: the time of one token, measured with
-    another prompt of the same length that no cache helps, is taken off.
+    The decode rate of the request alone is over its tokens after the first: the time of one token is taken off, and
+    the rate is None if others on the machine made that the longer one. Both follow an untimed run of their shapes; the
+    three prompts have one length and no common prefix, so that no prefix cache helps.
     """
-    short, other, alone = job["single_prompts"]
+    short, warm_up, other, alone = job["single_prompts"]
     timed(engine, [short], [1])
     first_token_at = time.time()
+    timed(engine, [warm_up], [job["single_count"]])
     one_token, _ = timed(engine, [other], [1])
     all_tokens, _ = timed(engine, [alone], [job["single_count"]])
+    decode_seconds = all_tokens - one_token
     seconds, outputs = timed(engine, job["prompts"], job["counts"])
     return {
         "first_token_at": first_token_at,
-        "decode_per_s": (job["single_count"] - 1) / (all_tokens - one_token),
+        "decode_per_s": (job["single_count"] - 1) / decode_seconds if decode_seconds > 0 else None,
         "seconds": seconds,
         "outputs": [output[:KEPT_TOKENS] for output in outputs],
     }
