@@ -1,7 +1,7 @@
 """How fast paged attention runs here, and with which block sizes; variants take turns in one process.
 
     python -m distaff.tools.bench_attention decode --sizes 1,8,32
-    python -m distaff.tools.bench_attention prefill --sizes 64,256 --vary chunk_tokens=64,128,256
+    python -m distaff.tools.bench_attention prefill --sizes 64,256 --vary prefill_chunk=64,128,256
 
 Times are per layer and include writing the step's keys and values; the ratio is that of the fastest runs. On a shared
 machine trust only the ratios.
@@ -31,7 +31,7 @@ PAGE, CONTEXTS, MAX_LEN = 16, (100, 600), 2048
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("phase", type=click.Choice(["decode", "prefill"]))
 @click.option("--sizes", default="1,8,32,64", help="Requests of a decode step, or tokens of one prompt.")
-@click.option("--vary", multiple=True, help="A field of Blocks and its values: chunk_tokens=64,128.")
+@click.option("--vary", multiple=True, help="A field of Blocks and its values: decode_chunk=64,128.")
 @click.option("--shape", default="9,3,64", help="Query heads, key-value heads, head size.  [default: SmolLM2-135M]")
 @click.option("--layers", default=30, show_default=True)
 @click.option("--repeats", default=15, show_default=True)
@@ -55,10 +55,10 @@ def main(phase: str, sizes: str, vary: tuple[str, ...], shape: str, layers: int,
         for blocks, run in zip(variants(vary), runs, strict=True):
             median, fastest = statistics.median(run.seconds) / layers, min(run.seconds) / layers
             ratio = fastest * layers / min(runs[0].seconds)
-            name = ", ".join(f"{field}={getattr(blocks, field)}" for field in fields(vary)) or "default"
+            name = " ".join(f"{field}={getattr(blocks, field)}" for field in fields(vary)) or "default"
             cells = (f"{median * 1e6:.0f}", f"{fastest * 1e6:.0f}", f"{ratio:.2f}", f"{run.compile_seconds:.1f}")
             table.add_row(str(size), name, *cells)
-    Console().print(table)
+    Console(width=110).print(table)
 
 
 class Run:
@@ -87,8 +87,9 @@ def step(
     spec = AttentionSpec(q.shape[2] ** -0.5)
     x = q
     for layer in range(layers):
-        k_pages = write_pages(k_pages, layer, batch.slots, k)
-        v_pages = write_pages(v_pages, layer, batch.slots, v)
+        # Like a model's, the next keys depend on the last attention; otherwise XLA copies the pool to keep the order.
+        k_pages = write_pages(k_pages, layer, batch.slots, k + x[:, : k.shape[1]])
+        v_pages = write_pages(v_pages, layer, batch.slots, v + x[:, : v.shape[1]])
         x = q + 0.1 * xla.attention(spec, x, k_pages, v_pages, layer, batch, None, blocks=blocks)
     return x, k_pages, v_pages
 

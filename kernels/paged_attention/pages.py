@@ -23,8 +23,10 @@ from jax import lax
 def write_pages(pages: jax.Array, layer: int | jax.Array, slots: jax.Array, values: jax.Array) -> jax.Array:
     """The pool with ``values[T, *shape]`` in rows ``slots[T]`` (page * page_size + offset) of ``layer``.
 
-    In place if the pool is a donated input of the program and every read of the old pool comes before. Values are
-    cast to the pool's dtype, for a uint16 pool to bfloat16 bits. Slots beyond the layer are not checked.
+    In place if the pool is a donated input of the program (or a loop's carry) and ``values`` depend on the result of
+    every earlier read of it, as the keys of a layer depend on the attention of the layer before; a read that XLA may
+    put after the write costs a copy of the pool. Values are cast to the pool's dtype, for a uint16 pool to bfloat16
+    bits. Slots outside the pool are not checked.
     """
     layers, num_pages, page_size, *shape = pages.shape
     if slots.shape[0] == 1:

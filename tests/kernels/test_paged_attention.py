@@ -15,7 +15,7 @@ from distaff.kernels.paged_attention import AttentionSpec, StepBatch, batch_shap
 from distaff.kernels.paged_attention.reference import attention as reference
 from distaff.kernels.registry import choose
 
-SMALL = xla.Blocks(decode_rows=2, prefill_queries=3, chunk_tokens=8, folded_heads=4)
+SMALL = xla.Blocks(decode_rows=2, decode_chunk=8, prefill_queries=3, prefill_chunk=12, folded_heads=4)
 LAYERS, LAYER = 2, 1
 
 many = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
