@@ -100,14 +100,18 @@ def _quotient(node: Node, a: Bounds, b: Bounds, divisor_is_data: bool) -> Bounds
 
 
 def _remainder(node: Node, a: Bounds, b: Bounds) -> Bounds:
-    """The remainder of truncating division: it has the sign of ``a``."""
+    """The remainder of truncating division has the sign of ``a``; by zero it is unknown."""
     c = np.maximum(np.abs(b[0]), np.abs(b[1]))
     largest = c - 1 if is_integer(node.outputs[0].type.dtype) else c
     low = np.where(a[0] >= 0, 0.0, np.maximum(-largest, a[0]))
     high = np.where(a[1] <= 0, 0.0, np.minimum(largest, a[1]))
     first, last = np.fmod(a[0], c), np.fmod(a[1], c)
     one_period = (b[0] == b[1]) & (c > 0) & (a[1] - a[0] < c) & (first <= last) & ((a[0] >= 0) | (a[1] <= 0))
-    return np.where(one_period, first, low), np.where(one_period, last, high)
+    by_zero = (b[0] <= 0) & (b[1] >= 0)
+    return (
+        np.where(by_zero, -np.inf, np.where(one_period, first, low)),
+        np.where(by_zero, np.inf, np.where(one_period, last, high)),
+    )
 
 
 def _exponential(base: float) -> Callable[[Node, Bounds], Bounds]:
@@ -289,6 +293,20 @@ def apply(node: Node, args: Sequence[Bounds], *, divisor_is_data: bool) -> Bound
     """Bounds of a node's result from those of its operands, or None if there is no rule."""
     with np.errstate(all="ignore"):
         if node.op == "div":
-            return _quotient(node, args[0], args[1], divisor_is_data)
-        rule = _RULES.get(node.op)
-        return None if rule is None else rule(node, *args)
+            result = _quotient(node, args[0], args[1], divisor_is_data)
+        elif node.op in _RULES:
+            result = _RULES[node.op](node, *args)
+        else:
+            return None
+    return result if node.outputs[0].type.dtype == np.bool_ else _with_nan(node, args, result)
+
+
+def _with_nan(node: Node, args: Sequence[Bounds], result: Bounds) -> Bounds:
+    """Operands without any bounds may be NaN, and then so is the result; likewise the sine of infinity."""
+    lost: Any = np.False_
+    for low, high in args:
+        lost = lost | (np.isinf(low) | np.isinf(high) if node.op in _PERIODIC else (low == -np.inf) & (high == np.inf))
+    return (np.where(lost, -np.inf, result[0]), np.where(lost, np.inf, result[1])) if lost.any() else result
+
+
+_PERIODIC = frozenset({"sin", "cos", "rem"})

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,8 @@ _LARGEST_CONSTANT = 65_536  # elements; larger arrays without positions are weig
 _NONE = np.zeros(1, np.bool_)
 _ALL = np.ones(1, np.bool_)
 _ANY_UNIT = 2.0**60  # of zero, which is a multiple of everything
-_ULPS = 8.0  # error of one operation, transcendental ones included
+_ULPS = 8.0  # error of one operation in units of the dtype's precision
+_EXPONENTIAL_ULPS = 256.0  # it grows with the exponent, which is at most about 104
 _FLOAT_INFO: Any = jnp.finfo  # untyped in jax
 _INTEGER_INFO: Any = jnp.iinfo
 
@@ -80,9 +82,10 @@ def ordinary_data(dtype: np.dtype[Any]) -> Interval:
 
 def constant(value: Value) -> Interval | PositionTable:
     """Bounds of a constant, weight or table; float weights and very large or abstract arrays count as data."""
-    array = known_array(value)
     dims = {d.axis: i for i, d in enumerate(value.type.shape) if isinstance(d, Sym)}
-    if array is None or not array.size or (not dims and array.size > _LARGEST_CONSTANT):
+    large = not dims and math.prod(value.type.per_token()) > _LARGEST_CONSTANT
+    array = None if large else known_array(value)
+    if array is None or not array.size:
         return ordinary_data(value.type.dtype)
     if dims:
         return PositionTable(array, dims, dict.fromkeys(dims, 0))
@@ -400,7 +403,7 @@ def _rounded(node: Node, value: Interval, limits: Any, blocks: Blocks) -> Interv
     exact = value.unit and (size <= value.unit * 2.0 ** (limits.nmant + 1)).all()
     if exact or (flat and node.op == "convert_element_type"):
         return value
-    error = _ULPS * float(limits.eps)
+    error = (_EXPONENTIAL_ULPS if node.op in ("exp", "exp2", "pow") else _ULPS) * float(limits.eps)
     if not flat:
         return dataclasses.replace(value, lo=value.lo - size * error, hi=value.hi + size * error, unit=0.0)
     tiny = float(limits.tiny)

@@ -26,7 +26,7 @@ from distaff.compiler.ir.types import KEY, QUERY
 
 _BUDGET = 4_000_000  # blocks evaluated before giving up
 _BATCH = 32_768
-_FEW = 64  # undecided blocks up to which only the distance is split: enough for masks of the distance alone
+_FEW = 64  # undecided blocks up to which only the distance is split; rows without a visible key tried one by one
 _WEAK_MASK = -1e3  # constants between this and -BOUND look like masks that are too weak to be proved
 
 # How an entry must be to take no part in a reduction over keys.
@@ -68,6 +68,8 @@ def prove_causal(body: Graph, max_len: int) -> Visibility:
     if this cannot be excluded.
     """
     search = _Search(_Body(body), max_len)
+    if not search.body.looks:
+        return Visibility("custom", None, False, 0)
     search.prove_future_dead()
     search.require_visible_keys()
     kind, window = search.classify_past()
@@ -78,7 +80,8 @@ def prove_causal(body: Graph, max_len: int) -> Visibility:
 class _Look:
     """The entries of one reduction over keys, for a batch of blocks; each array is ``[blocks]``.
 
-    ``dead``: none of them takes part; ``live``: each of them can; ``visible``: each is ordinary, whatever the data.
+    ``dead``: none of them takes part; ``live``: each of them can; ``visible``: each does, whatever the data;
+    ``finite``: dead, but not infinitely far below the visible ones.
     """
 
     dead: Bools
@@ -114,9 +117,8 @@ class _Body:
                 needed.update(id(v) for v in node.inputs)
         self.nodes.reverse()
         self.slices = {id(n): t for n in self.nodes if n.op == "slice" and (t := intervals.token_slice(n)) is not None}
-        self.constants = {
-            id(v): intervals.constant(v) for n in self.nodes if id(n) not in self.slices for v in n.inputs if _known(v)
-        }
+        values = [v for n in self.nodes if id(n) not in self.slices for v in n.inputs]
+        self.constants = {id(v): intervals.constant(v) for v in values if v.data is not None}
         self.inputs = {id(v): intervals.ordinary_data(v.type.dtype) for v in graph.inputs}
         self.data_dependent = self._masked_by_data(graph.inputs)
 
@@ -192,10 +194,6 @@ def _axes(value: Value) -> set[str]:
     return {d.axis for d in value.type.shape if isinstance(d, Sym)}
 
 
-def _known(value: Value) -> bool:
-    return value.data is not None
-
-
 class _Search:
     """Refinement of the grid until every block is decided."""
 
@@ -206,7 +204,7 @@ class _Search:
         self.finite = [False] * len(body.looks)
 
     def evaluate(self, blocks: Blocks) -> list[_Look]:
-        """As `_Body.evaluate`, in batches, counted; raises if the budget is spent."""
+        """As `_Body.evaluate`, in batches and counted."""
         self.evaluated += len(blocks)
         if len(blocks) <= _BATCH:
             return self.body.evaluate(blocks)
@@ -217,49 +215,44 @@ class _Search:
             for i in range(len(self.body.looks))
         ]
 
+    def refine(self, blocks: Blocks, undecided: Bools) -> Blocks:
+        """The parts of the undecided blocks. Few are split by distance alone, on which most masks depend."""
+        return blocks[undecided].split(distances_only=int(undecided.sum()) <= _FEW)
+
     def prove_future_dead(self) -> None:
         """Every key after the query must be dead in every reduction."""
         last = self.length - 1
-        samples = self.samples(-1)
-        blocks = samples
-        while len(blocks):
-            looks = self.evaluate(blocks)
-            for node, look in zip(self.body.looks, looks, strict=True):
-                if look.live.any():
-                    self.refuse_later_key(node, blocks[look.live], decided=True)
-            for node, look in zip(self.body.looks, looks, strict=True):
-                if (stuck := ~look.dead & blocks.is_cell).any():
-                    self.refuse_later_key(node, blocks[stuck], decided=False)
-            self.finite = [f or bool(look.finite.any()) for f, look in zip(self.finite, looks, strict=True)]
-            undecided = ~np.logical_and.reduce([look.dead for look in looks])
-            if self.evaluated > _BUDGET:
-                self.refuse_effort(blocks[undecided], looks)
-            if blocks is samples:
-                blocks = Blocks([0], [last], [-last], [-1], self.length)
-            else:
-                blocks = blocks[undecided].split(distances_only=int(undecided.sum()) <= _FEW)
+        for blocks in (self.samples(-1), Blocks([0], [last], [-last], [-1], self.length)):
+            while len(blocks):
+                looks = self.evaluate(blocks)
+                for node, look in zip(self.body.looks, looks, strict=True):
+                    if look.live.any():
+                        self.refuse_later_key(node, blocks[look.live], decided=True)
+                for node, look in zip(self.body.looks, looks, strict=True):
+                    if (stuck := ~look.dead & blocks.is_cell).any():
+                        self.refuse_later_key(node, blocks[stuck], decided=False)
+                self.finite = [f or bool(look.finite.any()) for f, look in zip(self.finite, looks, strict=True)]
+                undecided = ~np.logical_and.reduce([look.dead for look in looks])
+                if self.evaluated > _BUDGET:
+                    self.refuse_effort(blocks[undecided], looks)
+                blocks = self.refine(blocks, undecided)
 
     def classify_past(self) -> tuple[str, int | None]:
         """Finds whether the visible keys are all those in a window, or all."""
         nearest_hidden, farthest_visible = float(self.length), -1.0
         last = self.length - 1
-        samples = self.samples(1)
-        blocks = samples
-        while len(blocks):
-            looks = self.evaluate(blocks)
-            dead = np.logical_and.reduce([look.dead for look in looks])
-            live = np.logical_and.reduce([look.live for look in looks])
-            if dead.any():
-                nearest_hidden = min(nearest_hidden, blocks.d0[dead].min())
-            if live.any():
-                farthest_visible = max(farthest_visible, blocks.d1[live].max())
-            undecided = ~dead & ~live
-            if farthest_visible >= nearest_hidden or (undecided & blocks.is_cell).any() or self.evaluated > _BUDGET:
-                return "custom", None
-            if blocks is samples:
-                blocks = Blocks([0], [last], [0], [last], self.length)
-            else:
-                blocks = blocks[undecided].split(distances_only=int(undecided.sum()) <= _FEW)
+        for blocks in (self.samples(1), Blocks([0], [last], [0], [last], self.length)):
+            while len(blocks):
+                looks = self.evaluate(blocks)
+                dead = np.logical_and.reduce([look.dead for look in looks])
+                live = np.logical_and.reduce([look.live for look in looks])
+                nearest_hidden = np.min(blocks.d0[dead], initial=nearest_hidden)
+                farthest_visible = np.max(blocks.d1[live], initial=farthest_visible)
+                undecided = ~dead & ~live
+                stuck = (undecided & blocks.is_cell).any() or self.evaluated > _BUDGET
+                if stuck or farthest_visible >= nearest_hidden:
+                    return "custom", None
+                blocks = self.refine(blocks, undecided)
         if nearest_hidden == self.length:
             return "causal", None
         return ("window", int(nearest_hidden)) if nearest_hidden else ("custom", None)
@@ -289,7 +282,6 @@ class _Search:
 
     def row_without_key(self, look: int) -> int | None:
         """A query position for which no key is definitely visible, or none can be found with reasonable effort."""
-
         first = np.zeros(1)
         if not self.visible(look, first, first)[0]:
             return 0

@@ -492,3 +492,17 @@ def test_jax_nn_attention():
     assert prove(functools.partial(attention, None), 8192).kind == "causal"
     with pytest.raises(NotCausalError):
         prove(lambda q, k, v: jax.nn.dot_product_attention(q[None], k[None], v[None])[0], 8192)
+
+
+def test_a_body_that_looks_at_no_key():
+    assert prove(lambda q: q * 2, 64, (("q", 4),)).kind == "custom"
+
+
+def test_a_mask_that_needs_too_much_effort_is_refused_with_a_way_out():
+    def mask(i, j):
+        return (j <= i) | ((i * j % 4 == 2) & (i * j % 2 == 1))  # the second part never holds, but only cells tell
+
+    assert prove(functools.partial(where_lowest, mask), 256).kind == "causal"
+    with pytest.raises(NotCausalError, match="could not be proved for all 8192") as refused:
+        prove(functools.partial(where_lowest, mask), 8192)
+    assert "lower max_model_len" in refused.value.fix
