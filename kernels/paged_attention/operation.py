@@ -25,10 +25,11 @@ def paged_attention(
     """Attention of every token of a step over its request's pages, which already hold the step's own keys and values.
 
     ``q[T, H, D]`` against ``k_pages[L, P, page, KV, D]`` and ``v_pages[L, P, page, KV, Dv]`` (may be the same array)
-    at ``layer``, a number or a traced scalar, gives ``[T, H, Dv]`` in q's dtype, computed in float32. H is a multiple
-    of KV, and head h reads key-value head ``h // (H / KV)``. ``sinks[H]`` are scores of one more softmax column per
-    head that has no value. Rows ``0 .. decodes-1`` of the batch have one token each. If T == R, every row has at most
-    one token and row r's is token r, whatever ``decodes`` says. Outputs of padding tokens are finite.
+    at ``layer``, a number or a traced scalar, gives ``[T, H, Dv]`` in q's dtype, computed in float32 (products at
+    jax's default precision). H is a multiple of KV, and head h reads key-value head ``h // (H / KV)``. ``sinks[H]``
+    are scores of one more softmax column per head that has no value. Rows ``0 .. decodes-1`` of the batch have one
+    token each. If T == R, every row has at most one token and row r's is token r, whatever ``decodes`` says. Outputs
+    of padding tokens are finite.
 
     ``platform`` is where the program will run (default: where jax runs now). Raises `ValueError` for shapes that do
     not fit together and `NoImplementationError`.

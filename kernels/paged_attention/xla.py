@@ -26,6 +26,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from distaff.kernels.paged_attention.batch import StepBatch
@@ -165,7 +166,7 @@ def _decode(call: _Call, q: jax.Array, batch: StepBatch, decodes: jax.Array) -> 
     groups = heads // kv_heads
     most = max(1, call.blocks.folded_heads // groups)
     fold = max(f for f in range(1, kv_heads + 1) if kv_heads % f == 0 and f <= most)
-    own = jax.nn.one_hot(jnp.arange(heads) // groups % fold, fold, dtype=jnp.float32)[:, :, None]
+    own = np.eye(fold, dtype=np.float32)[np.arange(heads) // groups % fold, :, None]
 
     def block(i: jax.Array, output: jax.Array) -> jax.Array:
         # The last block starts early rather than reach past the rows, and computes some of them again.
