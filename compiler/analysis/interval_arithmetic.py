@@ -216,6 +216,11 @@ def _shift_right_logical(node: Node, a: Bounds, b: Bounds) -> Bounds:
     return np.where(a[0] >= 0, low, -np.inf), np.where(a[0] >= 0, high, np.inf)
 
 
+def _reduce_precision(node: Node, a: Bounds) -> Bounds:
+    error = 2.0 ** -node.params["mantissa_bits"]
+    return a[0] * (1 - np.sign(a[0]) * error), a[1] * (1 + np.sign(a[1]) * error)
+
+
 def _is_finite(node: Node, a: Bounds) -> Bounds:
     finite = np.isfinite(a[0]) & np.isfinite(a[1])
     infinite = np.isinf(a[0]) & (a[0] == a[1])
@@ -264,6 +269,7 @@ _RULES: dict[str, Callable[..., Bounds]] = {
     "shift_right_arithmetic": _shift_right,
     "shift_right_logical": _shift_right_logical,
     "is_finite": _is_finite,
+    "reduce_precision": _reduce_precision,
     "round": _round,
     "sin": _within(-1.0, 1.0),
     "cos": _within(-1.0, 1.0),

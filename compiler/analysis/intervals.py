@@ -75,8 +75,9 @@ def _defined(low: Floats, high: Floats) -> Bounds:
 
 def ordinary_data(dtype: np.dtype[Any]) -> Interval:
     """Unknown token data of a dtype."""
-    low = 0.0 if dtype == np.bool_ or jnp.issubdtype(dtype, jnp.unsignedinteger) else -BOUND
-    high = 1.0 if dtype == np.bool_ else BOUND
+    low, high = (0.0, 1.0) if dtype == np.bool_ else (-BOUND, BOUND)
+    if is_integer(dtype):
+        low, high = max(low, _INTEGER_INFO(dtype).min), min(high, _INTEGER_INFO(dtype).max)
     return Interval(np.full(1, low), np.full(1, high), data=True, live=_ALL)
 
 
@@ -148,7 +149,7 @@ def transfer(node: Node, args: Sequence[Interval], blocks: Blocks) -> list[Inter
 # Data movement that cannot change bounds taken over all other dimensions.
 _IDENTITY = frozenset(
     """broadcast_in_dim reshape transpose squeeze expand_dims slice dynamic_slice rev split reduce_max
-    reduce_min reduce_and reduce_or reduce_precision copy copy_p stop_gradient optimization_barrier real""".split()
+    reduce_min reduce_and reduce_or copy copy_p stop_gradient optimization_barrier real""".split()
 )
 
 
@@ -223,8 +224,8 @@ def _select(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
     first, last = predicate.bounds(blocks)
     if first.size and (first == last).all() and (first == first[0]).all():
         return cases[int(first[0])]
-    affine = {(c.q, c.k) for c in cases}
-    if len(affine) > 1:
+    data = any(a.data for a in args)
+    if data or len({(c.q, c.k) for c in cases}) > 1:
         cases = [c.plain(blocks) for c in cases]
     low: Any = np.inf
     high: Any = -np.inf
@@ -238,8 +239,7 @@ def _select(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
         all_settled = all_settled & (~possible | (case.live if case.data else case.lo == case.hi))
     undecided_live = all_live | (predicate.live & all_settled)
     live = np.where(first == last, chosen_live, undecided_live) & (low < high)
-    q, k = affine.pop() if len(affine) == 1 else (0.0, 0.0)
-    return Interval(low, high, q, k, data=any(a.data for a in args), live=live, unit=min(c.unit for c in cases))
+    return Interval(low, high, cases[0].q, cases[0].k, data=data, live=live, unit=min(c.unit for c in cases))
 
 
 def _join(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
@@ -325,7 +325,10 @@ def _generic(node: Node, args: Sequence[Interval], blocks: Blocks) -> Interval:
 
 
 def _finish(node: Node, op: str, args: Sequence[Interval], result: Bounds | None, blocks: Blocks) -> Interval:
-    """Adds to the bounds what follows from the operands: ordinary data stay ordinary, and which data stay live."""
+    """Adds to the bounds what follows from the operands: ordinary data stay ordinary, and which data stay live.
+
+    Integers may be hashed and bits reinterpreted: only real arithmetic keeps data ordinary.
+    """
     data = any(a.data for a in args)
     bounds = [a.bounds(blocks) for a in args]
     ordinary = [(low >= -BOUND) & (high <= BOUND) for low, high in bounds]
@@ -338,8 +341,9 @@ def _finish(node: Node, op: str, args: Sequence[Interval], result: Bounds | None
         ends = [bounds[0], *(((-b, -a) if op == "sub" else (a, b)) for a, b in bounds[1:])]
         low_stays = functools.reduce(np.logical_and, [first >= -BOUND for first, _ in ends])
         high_stays = functools.reduce(np.logical_and, [last <= BOUND for _, last in ends])
-    low = np.where(low_stays, np.maximum(low, -BOUND), low)
-    high = np.where(high_stays, np.minimum(high, BOUND), high)
+    if not is_integer(node.outputs[0].type.dtype) and op != "bitcast_convert_type":
+        low = np.where(low_stays, np.maximum(low, -BOUND), low)
+        high = np.where(high_stays, np.minimum(high, BOUND), high)
     live = low < high
     within = (low >= -BOUND) & (high <= BOUND)
     for arg, (first, last), fits in zip(args, bounds, ordinary, strict=True):
@@ -376,12 +380,12 @@ def _representable(node: Node, i: int, value: Interval, blocks: Blocks) -> Inter
     """Widens what a dtype cannot hold: overflow and, in functions of positions, rounding and flushed tiny numbers."""
     dtype = node.outputs[i].type.dtype
     integer = is_integer(dtype)
-    if not (integer or is_float(dtype)) or (integer and value.data):
+    if not (integer or is_float(dtype)):
         return value
     low, high = value.bounds(blocks)
     limits = _INTEGER_INFO(dtype) if integer else _FLOAT_INFO(dtype)
     least, most = float(limits.min), float(limits.max)
-    if value.data:
+    if value.data and not integer:
         least, most = min(least, -BOUND), max(most, BOUND)
     below, above = low < least, high > most
     if below.any() or above.any():
