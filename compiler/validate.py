@@ -8,7 +8,7 @@ sequences that go on with other tokens than the ones compared, so a look into th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -54,16 +54,13 @@ def validate(
     lengths = [longest, max(1, longest // 2 + 1), max(1, longest - 3)]
     prompts = [rng.integers(0, step.vocab_size, longest).astype(np.int32) for _ in lengths]
     expected = _plain_logits(plain, params, prompts, lengths, last_only)
-    driver = _Driver(step, max_model_len, page_size, rng)
-    worst, scale, rows = 0.0, 0.0, 0
-    for request, position, got in driver.serve(prompts, lengths):
-        want = expected(request, position)
-        if not np.isfinite(got).all() and np.isfinite(want).all():
-            raise ValidationError(f"the derived step gives logits that are not finite at position {position}")
-        worst = max(worst, float(np.max(np.abs(got - want))))
-        scale = max(scale, float(np.max(np.abs(want))))
-        rows += 1
-    result = ValidationResult(worst, scale, rows)
+    shortened = [p[:n] for p, n in zip(prompts, lengths, strict=True)]
+    found = serve(step, shortened, max_model_len=max_model_len, page_size=page_size, rng=rng)
+    if any(not np.isfinite(f[np.isfinite(e)]).all() for f, e in zip(found, expected, strict=True)):
+        raise ValidationError("the derived step gives logits that are not finite where the plain model's are")
+    worst = max(float(np.max(np.abs(f - e))) for f, e in zip(found, expected, strict=True))
+    scale = max(float(np.max(np.abs(e))) for e in expected)
+    result = ValidationResult(worst, scale, sum(lengths))
     limit = TOLERANCE.get(dtype, TOLERANCE["float32"])
     if not result.relative <= limit:
         raise ValidationError(
@@ -76,73 +73,78 @@ def validate(
 
 def _plain_logits(
     plain: Callable[[Any, Any], Any], params: Any, prompts: list[np.ndarray], lengths: list[int], last_only: bool
-) -> Callable[[int, int], np.ndarray]:
+) -> list[np.ndarray]:
+    """The plain model's logits [length, vocab] of each prompt's first tokens."""
     function = jax.jit(plain)
+
+    def run(tokens: np.ndarray) -> np.ndarray:
+        return np.asarray(function(params, jnp.asarray(tokens[None])), np.float32)
+
     if last_only:
-        return lambda r, p: np.asarray(function(params, jnp.asarray(prompts[r][None, : p + 1])), np.float32).reshape(-1)
-    full = [np.asarray(function(params, jnp.asarray(t[None])), np.float32).reshape(len(t), -1) for t in prompts]
-    return lambda r, p: full[r][p]
+        return [
+            np.stack([run(t[: i + 1]).reshape(-1) for i in range(n)]) for t, n in zip(prompts, lengths, strict=True)
+        ]
+    return [run(t).reshape(len(t), -1)[:n] for t, n in zip(prompts, lengths, strict=True)]
 
 
-class _Driver:
-    """Serves whole requests through the step and yields the logits of each token."""
+def serve(
+    step: ServeStep, prompts: Sequence[np.ndarray], *, max_model_len: int, page_size: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Serves up to four prompts through the step and returns float32 logits [len(prompt), vocab] of each.
 
-    def __init__(self, step: ServeStep, max_model_len: int, page_size: int, rng: np.random.Generator) -> None:
-        self.step, self.page_size, self.rng = step, page_size, rng
-        self.width = -(-max_model_len // page_size)
-        self.num_pages = 1 + _ROWS * min(self.width, -(-_TOKENS // page_size)) + 3
-        self.pages = [jnp.zeros((c.layers, self.num_pages, page_size, *c.shape), c.dtype) for c in step.caches]
-        self.weights = [jnp.asarray(w) for w in step.weights.values()]
-        self.function = jax.jit(step.function, donate_argnums=1)
+    Pages are scattered, chunk sizes and the requests of a step random, decode rows mixed with prefill.
+    """
+    width = -(-max_model_len // page_size)
+    num_pages = 1 + sum(-(-len(p) // page_size) for p in prompts) + 3
+    free = list(rng.permutation(np.arange(1, num_pages)))
+    tables = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tables, prompts, strict=True):
+        for i in range(-(-len(prompt) // page_size)):
+            row[i] = free.pop()
+    pages = [jnp.zeros((c.layers, num_pages, page_size, *c.shape), c.dtype) for c in step.caches]
+    weights = [jnp.asarray(w) for w in step.weights.values()]
+    function = jax.jit(step.function, donate_argnums=1)
+    done = [0] * len(prompts)
+    logits = [np.zeros((len(p), step.vocab_size), np.float32) for p in prompts]
+    while any(d < len(p) for d, p in zip(done, prompts, strict=True)):
+        chunks = _random_chunks([len(p) - d for p, d in zip(prompts, done, strict=True)], rng)
+        got, pages = function(weights, pages, _batch(chunks, done, prompts, tables, page_size))
+        rows = iter(np.asarray(got))
+        for r, count in chunks:
+            for position in range(done[r], done[r] + count):
+                logits[r][position] = next(rows)
+            done[r] += count
+    return logits
 
-    def serve(self, prompts: list[np.ndarray], lengths: list[int]) -> Iterator[tuple[int, int, np.ndarray]]:
-        free = list(self.rng.permutation(np.arange(1, self.num_pages)))
-        tables = np.zeros((len(prompts), self.width), np.int32)
-        for r, length in enumerate(lengths):
-            for i in range(-(-length // self.page_size)):
-                tables[r, i] = free.pop()
-        done = [0] * len(prompts)
-        while any(d < n for d, n in zip(done, lengths, strict=True)):
-            plan = self.plan(done, lengths)
-            batch, order = self.batch(plan, done, prompts, tables)
-            logits, self.pages = self.function(self.weights, self.pages, batch)
-            for (r, position), row in zip(order, np.asarray(logits), strict=False):
-                yield r, position, row
-            for r, count in plan:
-                done[r] += count
 
-    def plan(self, done: list[int], lengths: list[int]) -> list[tuple[int, int]]:
-        """Requests of this step with random chunk sizes; single tokens first, as decode rows must stand."""
-        budget = _TOKENS
-        plan = []
-        for r in self.rng.permutation(len(done)):
-            left = lengths[r] - done[r]
-            if left and budget and self.rng.random() < 0.8:
-                count = int(self.rng.integers(1, min(left, budget, 7) + 1))
-                plan.append((int(r), count))
-                budget -= count
-        return sorted(plan, key=lambda rc: rc[1] > 1)
+def _random_chunks(left: list[int], rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Requests of a step and how many of their tokens; single tokens first, as decode rows must stand."""
+    budget, chunks = _TOKENS, []
+    for r in rng.permutation(len(left)):
+        if left[r] and budget and rng.random() < 0.8:
+            count = int(min(left[r], budget, rng.choice([1, 1, 2, 4, 7])))
+            chunks.append((int(r), count))
+            budget -= count
+    return sorted(chunks, key=lambda chunk: chunk[1] > 1)
 
-    def batch(
-        self, plan: list[tuple[int, int]], done: list[int], prompts: list[np.ndarray], tables: np.ndarray
-    ) -> tuple[StepBatch, list[tuple[int, int]]]:
-        tokens, positions, slots = (np.zeros(_TOKENS, np.int32) for _ in range(3))
-        rows = np.full(_TOKENS, _ROWS - 1, np.int32)
-        starts = np.zeros(_ROWS + 1, np.int32)
-        contexts = np.zeros(_ROWS, np.int32)
-        table = np.zeros((_ROWS, self.width), np.int32)
-        order: list[tuple[int, int]] = []
-        for row, (r, count) in enumerate(plan):
-            for p in range(done[r], done[r] + count):
-                i = len(order)
-                tokens[i], positions[i], rows[i] = prompts[r][p], p, row
-                slots[i] = tables[r, p // self.page_size] * self.page_size + p % self.page_size
-                order.append((r, p))
-            starts[row + 1 :] = len(order)
-            contexts[row] = done[r] + count
-            table[row] = tables[r]
-        samples = np.zeros(_TOKENS, np.int32)
-        samples[: len(order)] = np.arange(len(order))
-        decodes = np.int32(sum(count == 1 for _, count in plan))
-        arrays = (tokens, positions, slots, rows, starts, contexts, table, decodes, samples)
-        return StepBatch(*(jnp.asarray(a) for a in arrays)), order
+
+def _batch(
+    chunks: list[tuple[int, int]], done: list[int], prompts: Sequence[np.ndarray], tables: np.ndarray, page_size: int
+) -> StepBatch:
+    tokens, positions, slots = (np.zeros(_TOKENS, np.int32) for _ in range(3))
+    rows = np.full(_TOKENS, _ROWS - 1, np.int32)
+    starts, contexts = np.zeros(_ROWS + 1, np.int32), np.zeros(_ROWS, np.int32)
+    table = np.zeros((_ROWS, tables.shape[1]), np.int32)
+    at = 0
+    for row, (r, count) in enumerate(chunks):
+        where = np.arange(done[r], done[r] + count)
+        span = slice(at, at + count)
+        tokens[span], positions[span], rows[span] = prompts[r][where], where, row
+        slots[span] = tables[r, where // page_size] * page_size + where % page_size
+        at += count
+        starts[row + 1 :] = at
+        contexts[row], table[row] = done[r] + count, tables[r]
+    samples = np.where(np.arange(_TOKENS) < at, np.arange(_TOKENS), 0).astype(np.int32)
+    decodes = np.int32(sum(count == 1 for _, count in chunks))
+    arrays = (tokens, positions, slots, rows, starts, contexts, table, decodes, samples)
+    return StepBatch(*(jnp.asarray(a) for a in arrays))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 
 from distaff.compiler.analysis.tokens import DATA, Kind, TokenClasses
@@ -115,13 +116,19 @@ def cached_rows(node: Node) -> list[tuple[_Row, Value, bytes]]:
     if node.op == ATTENTION:
         pattern = node.params["pattern"]
         parts = (("key", node.inputs[1], pattern.key), ("value", node.inputs[2], pattern.value))
-        return [(_Row(role, p.shape, str(v.type.dtype)), v, p.tobytes()) for role, v, p in parts]
+        return [(_Row(role, p.shape, _storage(v)), v, p.tobytes()) for role, v, p in parts]
     rows = []
     for value, axis in node.params["region"].leaves:
         if axis == KEY:
             shape = tuple(int(d) for d in value.type.per_token() if d != 1) or (1,)
-            rows.append((_Row("row", shape, str(value.type.dtype)), value, b""))
+            rows.append((_Row("row", shape, _storage(value)), value, b""))
     return rows
+
+
+def _storage(value: Value) -> str:
+    """The dtype of a buffer: XLA:CPU converts a whole bfloat16 buffer to write one row, so it is kept as bits there."""
+    dtype = str(value.type.dtype)
+    return "uint16" if dtype == "bfloat16" and jax.default_backend() == "cpu" else dtype
 
 
 def _window(node: Node) -> int | None:

@@ -240,3 +240,10 @@ def test_layers_of_two_kinds_are_rolled_in_pairs():
     step = derived(model, params, roll_layers=True)
     assert step.report["rolled_layers"] == 3
     assert step.report["validation"]["relative_error"] < 1e-5
+
+
+def test_bfloat16_models_cache_bits_on_a_cpu():
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), zoo.parameters(1))
+    step = derived(zoo.decoder(zoo.causal_where, rope=False), params)
+    assert {c.dtype for c in step.caches} == {"uint16" if jax.default_backend() == "cpu" else "bfloat16"}
+    assert step.report["validation"]["relative_error"] < 0.05

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_checkpoints as tiny
-from serve_by_hand import serve
 
 from distaff.compiler import derive_serve_step
+from distaff.compiler.validate import serve
 from distaff.frontend.loading import load_model
 
 FAMILIES = {
@@ -45,16 +45,16 @@ def test_derived_logits_match_transformers(name, tmp_path):
     rng = np.random.default_rng(5)
     prompts = [rng.integers(0, step.vocab_size, n).astype(np.int32) for n in (23, 9, 16, 1)]
     expected = [tiny.reference_logits(model, p[None])[0] for p in prompts]
-    found = serve(step, prompts, max_model_len=64, page_size=4, seed=11)
+    found = serve(step, prompts, max_model_len=64, page_size=4, rng=rng)
     for mine, theirs in zip(found, expected, strict=True):
         assert tiny.relative_error(mine, theirs) < 1e-4
 
 
 def test_windows_and_softcaps_reach_the_kernel(tmp_path):
     pytest.importorskip("transformers")
-    model = tiny.make_reference("Gemma2", **FAMILIES["gemma2"][1])
+    model = tiny.make_reference("Gemma2", **FAMILIES["gemma2"][1], num_hidden_layers=2)
     loaded = load_model(tiny.save(model, tmp_path / "gemma2"), dtype="float32", progress=False)
     found = derive_serve_step(loaded.apply, loaded.params, max_model_len=64).report["attentions"]
-    assert [f.get("window") for f in found] == [6, None, 6]
+    assert [f.get("window") for f in found] == [6, None]
     assert all(f["softcap"] == pytest.approx(50.0) for f in found)
     assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), loaded.params))
