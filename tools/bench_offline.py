@@ -99,6 +99,9 @@ def main(
 ) -> None:
     """Entry point of the command line."""
     from distaff.compiler.artifact import ArtifactError
+    from distaff.compiler.errors import CompileError
+    from distaff.frontend.loading import CheckpointError
+    from distaff.frontend.models import ConfigError
     from distaff.runtime.errors import EngineConfigError, PromptError
 
     items = requested_items(flags)
@@ -111,7 +114,7 @@ def main(
     try:
         llm, load_seconds, first_token_seconds = start(str(model), items[0], settings)
         outputs, duration = run(llm, items, sys.stderr.isatty())
-    except (ArtifactError, EngineConfigError, PromptError) as error:
+    except (ArtifactError, CheckpointError, CompileError, ConfigError, EngineConfigError, PromptError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     facts = {"model": str(model), "load [s]": load_seconds, "start to first token [s]": first_token_seconds}

@@ -311,7 +311,9 @@ def test_a_tokenizer_of_an_older_kind(tmp_path):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("source", ["nothing-here", "/no/such/folder", "no/such/model.gguf", "a/b/c", "../x"])
-def test_sources_that_are_nowhere(source):
+def test_sources_that_are_nowhere(source, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(SourceNotFoundError, match=r"neither a folder nor a \.gguf file.*smollm2-135m"):
         load(source)
 

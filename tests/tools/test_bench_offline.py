@@ -41,6 +41,6 @@ def test_prompts_that_do_not_fit_are_one_line(artifact):
     assert result.exit_code == 1 and "error: the prompt has" in result.output
 
 
-def test_a_folder_that_is_no_artifact(tmp_path):
+def test_a_folder_that_is_no_model(tmp_path):
     result = CliRunner().invoke(main, [str(tmp_path)])
-    assert result.exit_code == 1 and "not an artifact" in result.output
+    assert result.exit_code == 1 and "error: " in result.output and "config.json" in result.output
