@@ -90,12 +90,10 @@ def _quotient(node: Node, a: Bounds, b: Bounds, divisor_is_data: bool) -> Bounds
     low, high = _corners(np.divide, a, safe)
     if is_integer(node.outputs[0].type.dtype):
         low, high = np.trunc(low), np.trunc(high)
-    unknown_low = np.where((a[0] >= 0) & (b[0] >= 0) & divisor_is_data, 0.0, -np.inf)
-    unknown_high = np.full(1, np.inf)
     zero = (a[0] == 0) & (a[1] == 0) & divisor_is_data
     return (
-        np.where(through_zero, np.where(zero, 0.0, unknown_low), low),
-        np.where(through_zero, np.where(zero, 0.0, unknown_high), high),
+        np.where(through_zero, np.where(zero, 0.0, -np.inf), low),
+        np.where(through_zero, np.where(zero, 0.0, np.inf), high),
     )
 
 

@@ -394,9 +394,9 @@ def _representable(node: Node, i: int, value: Interval, blocks: Blocks) -> Inter
         else:
             low, high = np.where(below, -np.inf, low), np.where(above, np.inf, high)
         value = dataclasses.replace(value, lo=low, hi=high, q=0.0, k=0.0)
-    if integer or value.data or node.op not in _ROUNDED:
+    if integer or node.op not in _ROUNDED:
         return value
-    return _rounded(node, value, limits, blocks)
+    return _flushed(value if value.data else _rounded(node, value, limits, blocks), float(limits.tiny))
 
 
 def _rounded(node: Node, value: Interval, limits: Any, blocks: Blocks) -> Interval:
@@ -410,10 +410,15 @@ def _rounded(node: Node, value: Interval, limits: Any, blocks: Blocks) -> Interv
     error = (_EXPONENTIAL_ULPS if node.op in ("exp", "exp2", "pow") else _ULPS) * float(limits.eps)
     if not flat:
         return dataclasses.replace(value, lo=value.lo - size * error, hi=value.hi + size * error, unit=0.0)
-    tiny = float(limits.tiny)
-    low, high = low * (1 - np.sign(low) * error), high * (1 + np.sign(high) * error)
-    low, high = np.where((low > 0) & (low < tiny), 0.0, low), np.where((high < 0) & (high > -tiny), 0.0, high)
-    return Interval(low, high)
+    return Interval(low * (1 - np.sign(low) * error), high * (1 + np.sign(high) * error))
+
+
+def _flushed(value: Interval, tiny: float) -> Interval:
+    """With zero added to bounds that may underflow to it."""
+    low, high = (value.lo > 0) & (value.lo < tiny), (value.hi < 0) & (value.hi > -tiny)
+    if value.q or value.k or not (low.any() or high.any()):
+        return value
+    return dataclasses.replace(value, lo=np.where(low, 0.0, value.lo), hi=np.where(high, 0.0, value.hi))
 
 
 _ROUNDED = frozenset(

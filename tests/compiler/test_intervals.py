@@ -254,14 +254,14 @@ BROKEN = []
 
 
 def bounded(f):
-    """``f``, noting where it makes extraordinary numbers of ordinary ones, against what the analysis assumes."""
+    """``f``, noting where it makes extraordinary numbers or NaN of ordinary ones, which the analysis excludes."""
 
     def checked(*args):
         with np.errstate(all="ignore"):
             result = f(*args)
         if not isinstance(result, jax.core.Tracer):
             ordinary = functools.reduce(np.logical_and, [np.abs(a) <= BOUND for a in args])
-            BROKEN.extend(result[ordinary & ~(np.abs(result) <= BOUND) & ~np.isnan(result)])
+            BROKEN.extend(result[ordinary & ~(np.abs(result) <= BOUND)])
         return result
 
     return checked

@@ -182,7 +182,7 @@ def test_example_says_operation_and_line():
     with pytest.raises(NotCausalError) as refused:
         prove(functools.partial(where_lowest, lambda i, j: j >= 0), 64)
     assert refused.value.operation == "reduce_max"
-    assert "test_masks.py" in str(refused.value.location)
+    assert "masked_attention.py" in str(refused.value.location)
 
 
 def with_tokens(style, q, k, v, tokens):
