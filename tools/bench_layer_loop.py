@@ -1,7 +1,7 @@
 """What rolling layers into a loop costs on this platform: a decoder's matrix products flat and in a scan.
 
 The loop slices each layer's weights out of stacked arrays. Where the compiler copies those slices (XLA:CPU does), a
-step of few tokens, which is bound by reading weights, takes several times as long. Shapes of SmolLM2-135M.
+step of few tokens, which is bound by reading weights, takes longer. Shapes of SmolLM2-135M.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ same operations, where each repetition takes its weights, what the one before ma
 compiles once instead of once a layer, which is what keeps XLA's compile time flat on accelerators.
 
 On CPUs it costs more than it saves: XLA:CPU copies each layer's slice of the stacked weights before it multiplies by
-it (2.4 times the time of a decode step of one request, ``tools/bench_layer_loop.py``), so programs for CPUs stay flat.
+it (about 1.5 times the time for one token, ``tools/bench_layer_loop.py``), so programs for CPUs stay flat.
 """
 
 from __future__ import annotations
