@@ -5,9 +5,9 @@ positions are affine forms of the two positions plus a bounded remainder, so tha
 bands of distances; rounding of floating-point positions and integer overflow widen the remainder.
 
 *Data* (values computed from token data or from float weights) are unknown. One assumption makes masks provable:
-ordinary data stay within ``+-BOUND`` under every operation, as attention scores do. What leaves that range does so
-because of a mask value. ``live`` marks data that can carry information in every cell of the block: not merged with a
-mask that some cells may have and others not.
+ordinary data stay finite and within ``+-BOUND`` under every operation, as attention scores do, and are not divided by
+zero. What leaves that range does so because of a mask value. Rounding of data is not modelled. ``live`` marks data
+that can carry information in every cell of the block: not merged with a mask that some cells have and others not.
 """
 
 from __future__ import annotations

@@ -270,7 +270,7 @@ def bounded(f):
 DATA_UNARY = st.sampled_from(
     [lambda a: -a, jnp.tanh, jnp.abs, jax.nn.sigmoid, jnp.sqrt, jnp.sign, lambda a: a * 0, lambda a: a - 1e9]
     + [bounded(f) for f in (jnp.square, jnp.exp, jnp.exp2, jnp.log1p, lambda a: 1 / a, lambda a: a**2, lambda a: a**-1)]
-    + [lambda a: a * -1e9, lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), lambda a: jnp.clip(a, -2, 3)]
+    + [lambda a: a * -1e9, lambda a: jnp.clip(a, -2, 3)]
     + [lambda a: jnp.where(a > 0, a, -1e30), lambda a: (a > 0.5).astype(jnp.float32)]
     + [lambda a: jnp.where(a < 0, -jnp.inf, a)]
 )
@@ -297,7 +297,7 @@ DATA = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(DATA, st.integers(0, 10**6))
 def test_data_stay_within_their_bounds(expression, seed):
     """Up to rounding, which scores do not need, and as long as what is ordinary stays ordinary."""
@@ -310,9 +310,10 @@ def test_data_stay_within_their_bounds(expression, seed):
     BROKEN.clear()
     actual = table(*rng.normal(size=(2, N)).astype(np.float32))
     assume(not BROKEN)
+    note(jax.make_jaxpr(table)(np.zeros(N), np.zeros(N)))
     body = body_of(table, ("q",), ("k",))
     for blocks in random_blocks(rng):
-        assert_contained(actual, interval_of(body, blocks), blocks, rounding=0.01)
+        assert_contained(actual, interval_of(body, blocks), blocks, rounding=1e-4)
 
 
 def attention_scores(hide):
