@@ -271,7 +271,11 @@ class _Capture:
         """``value[i]``; of a weight, a weight of its own that is sliced here and now."""
         shape = value.type.shape
         if value.data is not None and not value.is_table:
-            return Value(TensorType(shape[1:], value.type.dtype), name=f"{value.name}.{i}", data=value.data[i])
+            return Value(
+                TensorType(shape[1:], value.type.dtype),
+                name=f"{value.name}.{i}" if value.name else "",
+                data=value.data[i],
+            )
         starts = (i, *(0,) * (len(shape) - 1))
         sliced = self.apply(
             jax.lax.slice_p, [value], location, TensorType((1, *shape[1:]), value.type.dtype),
