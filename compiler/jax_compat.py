@@ -99,11 +99,6 @@ def bind(primitive: Primitive, arrays: Sequence[Any], params: dict[str, Any]) ->
     return list(results) if primitive.multiple_results else [results]
 
 
-def is_tracer(value: Any) -> bool:
-    """Whether ``value`` is an abstract value of a transformation that is going on."""
-    return isinstance(value, jax.core.Tracer)
-
-
 def aval_dtype(aval: Any) -> np.dtype[Any]:
     """The NumPy dtype of an abstract value; raises TypeError for extended types such as PRNG keys."""
     dtype: np.dtype[Any] = np.dtype(aval.dtype)

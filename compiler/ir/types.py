@@ -82,15 +82,6 @@ def resolve(value: Any, sizes: Mapping[str, int]) -> Any:
     return value
 
 
-def rename_axes(value: Any, axes: Mapping[int, str], output_shape: tuple[Dim, ...]) -> Any:
-    """Renames the axis of a shape-like parameter by output dimension; see `distaff.compiler.passes.region`."""
-    if isinstance(value, tuple) and len(value) == len(output_shape):
-        return tuple(
-            dataclasses.replace(v, axis=axes[i]) if isinstance(v, Sym) and i in axes else v for i, v in enumerate(value)
-        )
-    return value
-
-
 def _dtype_name(dtype: np.dtype[Any]) -> str:
     name = str(dtype)
     for long, short in (("bfloat", "bf"), ("float", "f"), ("uint", "u"), ("int", "i"), ("complex", "c")):

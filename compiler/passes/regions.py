@@ -32,10 +32,6 @@ class Region:
     body: Graph
     leaves: tuple[tuple[Value, str], ...]
 
-    def outer(self, axis: str) -> list[Value]:
-        """The leaves that are bound to ``axis``."""
-        return [value for value, bound in self.leaves if bound == axis]
-
 
 def extract_region(root: Value, classes: TokenClasses, *, latent: bool = False) -> Region:
     """Builds the region that ends at ``root``; with ``latent`` the cut also crosses narrowing-in-reverse products.
