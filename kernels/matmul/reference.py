@@ -30,7 +30,7 @@ def matmul(
 ) -> jax.Array:
     """`distaff.kernels.matmul.matmul`."""
     x = x.astype(jnp.float32)
-    if norm_weight is not None:
+    if norm_weight is not None and spec.norm_eps is not None:
         x = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + spec.norm_eps) * norm_weight
     activate = _ACTIVATIONS[spec.activation]
     packed_columns = arrays[0].shape[0] * LANES if spec.gated else spec.columns
@@ -53,4 +53,5 @@ def embed_rows(spec: MatmulSpec, arrays: tuple[jax.Array, ...], tokens: jax.Arra
     panels = tuple(array[tokens // LANES] for array in arrays)  # of each token its own panel
     columns = unpack_arrays(panels, spec.format, spec.rows, tokens.shape[0] * LANES, jnp)
     columns = columns.reshape(spec.rows, -1, LANES)
-    return jnp.take_along_axis(columns, (tokens % LANES)[None, :, None], 2)[..., 0].T
+    rows: jax.Array = jnp.take_along_axis(columns, (tokens % LANES)[None, :, None], 2)[..., 0].T
+    return rows
