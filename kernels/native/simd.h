@@ -37,7 +37,7 @@ constexpr float kInfinity = __builtin_inff();
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
+static constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
 static inline F32 splat(float x) { return x - F32{}; }
 static inline I32 splat(int32_t x) { return x - I32{}; }
