@@ -1,8 +1,7 @@
 """Which implementation of a fused operation serves a call, and why the others do not.
 
-An operation is a folder here (or one of several in it, named ``folder.operation``) and an implementation is a file in
-it that calls `register` when it is imported; the files of a folder are imported when an operation of it is first looked
-up. So a new platform or format is one new file.
+An operation is a folder here and an implementation is a file in it that calls `register` when it is imported; the
+files of a folder are imported when the operation is first looked up. So a new platform or format is one new file.
 """
 
 from __future__ import annotations
@@ -118,22 +117,21 @@ def choose(operation: str, platform: str, attributes: Attributes) -> Implementat
 
 
 def _candidates(operation: str) -> Collection[Implementation]:
-    _import_files(operation.partition(".")[0])
+    _import_files(operation)
     if operation not in _implementations:
-        folder = f"{_PACKAGE}.{operation.partition('.')[0]}"
-        raise UnknownOperationError(f"no file of {folder} registers an implementation of {operation!r}")
+        raise UnknownOperationError(f"no file of {_PACKAGE}.{operation} registers an implementation of {operation!r}")
     return _implementations[operation].values()
 
 
 @functools.cache
-def _import_files(name_of_folder: str) -> None:
-    """Imports every file in an operation's folder, so that each can register itself."""
-    name = f"{_PACKAGE}.{name_of_folder}"
+def _import_files(operation: str) -> None:
+    """Imports every file in the operation's folder, so that each can register itself."""
+    name = f"{_PACKAGE}.{operation}"
     try:
         folder = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise UnknownOperationError(f"{_PACKAGE} has no folder {name_of_folder!r}") from None
+        raise UnknownOperationError(f"{_PACKAGE} has no folder {operation!r}") from None
     for module in pkgutil.iter_modules(folder.__path__, prefix=f"{name}."):
         importlib.import_module(module.name)
