@@ -145,11 +145,11 @@ class _Body(Evaluator):
             arrange(self.rows(v), layout)
             for v, layout in zip(node.inputs, (pattern.query, pattern.key, pattern.value), strict=True)
         )
-        slots = self.plan.slots[id(node)]
-        for slot, rows in zip(slots, (key, value), strict=True):
-            self.write(slot, rows)
-        (k, layer), (v, _) = slots
-        result = paged_attention(spec, query, self.pages[k], self.pages[v], self.layer_offset + layer, self.batch)
+        (k, layer), (v, _) = self.plan.slots[id(node)]
+        pools = self.pages[k], self.pages[v]
+        result, self.pages[k], self.pages[v] = paged_attention(
+            spec, query, key, value, *pools, self.layer_offset + layer, self.batch
+        )
         flat = arrange(result.reshape(result.shape[0], -1), pattern.output).astype(node.output.type.dtype)
         return jnp.moveaxis(flat, 0, node.output.type.token_dims[0])
 
