@@ -4,6 +4,7 @@
 // too, so a helper that wakes late (or never, on a busy machine) costs nothing but its share.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -54,7 +55,7 @@ class Threads {
       }
     };
     const int64_t helpers = std::min<int64_t>(count() - 1, chunks - 1);
-    for (int64_t i = 0; i < helpers; ++i) pool_.Schedule(drain);
+    for (int64_t i = 0; i < helpers; ++i) pool_.Schedule(decltype(drain)(drain));
     drain();
     for (int spins = 0; shared->done.load(std::memory_order_acquire) < chunks; ++spins) {
       if (spins < 4096) {

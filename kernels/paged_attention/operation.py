@@ -48,7 +48,7 @@ def paged_attention(
     shared = v_pages is k_pages
     if not shared and v.shape != (*k.shape[:2], v_pages.shape[4]):
         raise ValueError(f"v{list(v.shape)} must be as k{list(k.shape)} but for {v_pages.shape[4]} values a head")
-    attributes = call_attributes(spec, q, k, k_pages, v_pages, batch)
+    attributes = call_attributes(spec, q, k, v, k_pages, v_pages, batch)
     implementation = choose("paged_attention", platform or jax.default_backend(), attributes)
     rows, pools = (k, None if shared else v), (k_pages, None if shared else v_pages)
     output, new_k, new_v = implementation.function(spec, q, *rows, *pools, layer, batch, sinks, rotary)
@@ -56,7 +56,13 @@ def paged_attention(
 
 
 def call_attributes(
-    spec: AttentionSpec, q: jax.Array, k: jax.Array, k_pages: jax.Array, v_pages: jax.Array, batch: StepBatch
+    spec: AttentionSpec,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    batch: StepBatch,
 ) -> dict[str, Any]:
     """What implementations of ``paged_attention`` are chosen by; takes arrays or `jax.ShapeDtypeStruct`."""
     return {
@@ -69,7 +75,7 @@ def call_attributes(
         "value_size": v_pages.shape[4],
         "page_size": k_pages.shape[2],
         "dtype": str(q.dtype),
-        "rows_dtype": str(k.dtype),
+        "rows_dtypes": (str(k.dtype), str((k if v_pages is k_pages else v).dtype)),
         "pages_dtypes": (str(k_pages.dtype), str(v_pages.dtype)),
     }
 

@@ -224,4 +224,5 @@ def test_meaningless_rotary_is_refused(kind, size):
 @pytest.mark.smoke
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
 def test_every_platform_has_the_xla_form(platform):
-    assert choose("paged_attention", platform, {}).function is xla.attention
+    attributes = {"spec": AttentionSpec(1.0, causal=False)}
+    assert choose("paged_attention", platform, attributes).function is xla.attention
