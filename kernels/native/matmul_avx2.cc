@@ -1,0 +1,10 @@
+// The matmul kernels for AVX2, FMA and F16C.
+#if defined(__x86_64__)
+#include "simd_avx2.h"
+// `Simd` comes first.
+#include "matmul_kernels.h"
+
+namespace distaff {
+const MatmulKernels kMatmulAvx2 = kKernels;
+}
+#endif

@@ -1,0 +1,10 @@
+// The matmul kernels for AVX-512.
+#if defined(__x86_64__)
+#include "simd_avx512.h"
+// `Simd` comes first.
+#include "matmul_kernels.h"
+
+namespace distaff {
+const MatmulKernels kMatmulAvx512 = kKernels;
+}
+#endif
