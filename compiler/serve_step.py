@@ -23,14 +23,14 @@ class ServeStep:
 
     ``function(weights, pages, batch)`` returns float32 logits ``[S, vocab_size]`` and the new pages. It is traced anew
     for every bucket, so it holds for all T, R, S, NP and pool sizes. ``weights`` are flat and in input order;
-    ``pages`` has one buffer ``[layers, num_pages, page_size, *shape]`` per entry of ``caches``. ``weight_format`` is the
-    kind of number that packed weights are. ``report`` is what the passes have to tell (JSON values); it ends up in the
-    manifest.
+    ``pages`` has one buffer ``[layers, num_pages, page_size, *shape]`` per entry of ``caches``. ``report`` is what the
+    passes have to tell (JSON values); it ends up in the manifest. ``weight_format`` is the kind of number that packed
+    weights are.
     """
 
     weights: Mapping[str, jax.Array | np.ndarray[Any, Any]]
     caches: tuple[CacheSpec, ...]
     vocab_size: int
     function: StepFunction
-    weight_format: str | None = None
     report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    weight_format: str | None = None

@@ -211,8 +211,9 @@ class ModelForms:
         if kind == "artifact":
             if form == "float32" and self._artifact:
                 return self._artifact
-            how = {"dtype": form} if "float" in form else {"quantize": form}
-            artifact = artifact_for(DEMO_MODEL, max_model_len=MAX_MODEL_LEN, **how)
+            option = "dtype" if "float" in form else "quantize"
+            options: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, option: form}
+            artifact = artifact_for(DEMO_MODEL, **options)
             build_executables(artifact)
             return artifact
         source = find_demo_model()

@@ -28,9 +28,9 @@ class Peer:
 
     ``engine`` is the name on the command line and ``driver`` the module in `DRIVERS`; ``weights`` is which form of the
     model it reads: "artifact:FORMAT", "folder" (Hugging Face, float32), "gguf" or "gguf:TYPE" (requantised).
-    ``requirements`` are installed one after another, with ``install_environment``, into an environment of its own, and ``unwanted`` removed again; none means
-    the current environment.
-    ``distribution`` is the package whose version is shown.
+    ``requirements`` are installed one after another, with ``install_environment``, into an environment of its own, and
+    ``unwanted`` removed again; none means the current environment. ``distribution`` is the package whose version is
+    shown.
     """
 
     engine: str

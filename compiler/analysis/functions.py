@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from distaff.compiler.analysis.dims import ELEMENTWISE, REDUCTIONS, STRUCTURAL
@@ -81,7 +82,7 @@ def read_activation(root: Value, leaf: Value, nodes: Sequence[Node]) -> str | No
     x = _sample(leaf, 0)
     y = _rows(root, _evaluate(root, nodes, {id(leaf): x}))
     rows = _rows(leaf, x)
-    return next((n for n, f in ACTIVATIONS.items() if _close(y, np.asarray(f(rows)), leaf, root)), None)
+    return next((n for n, f in ACTIVATIONS.items() if _close(y, _apply(f, rows), leaf, root)), None)
 
 
 def read_gate(root: Value, leaves: Sequence[Value], nodes: Sequence[Node]) -> Gate | None:
@@ -91,7 +92,7 @@ def read_gate(root: Value, leaves: Sequence[Value], nodes: Sequence[Node]) -> Ga
     rows = [_rows(v, a) for v, a in zip(leaves, arrays, strict=True)]
     for gate in (0, 1):
         for name, function in ACTIVATIONS.items():
-            if _close(y, np.asarray(function(rows[gate])) * rows[1 - gate], leaves[0], root):
+            if _close(y, _apply(function, rows[gate]) * rows[1 - gate], leaves[0], root):
                 return Gate(name, gate)
     return None
 
@@ -123,6 +124,10 @@ def _source_of_norm(value: Value, graph: Graph, classes: TokenClasses) -> tuple[
         if not frontier:
             return None
     return None
+
+
+def _apply(function: Callable[[jax.Array], jax.Array], rows: np.ndarray) -> np.ndarray:
+    return np.asarray(function(jnp.asarray(rows, jnp.float32)), np.float64)
 
 
 def _sample(value: Value, seed: int) -> np.ndarray:

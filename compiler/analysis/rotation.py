@@ -76,7 +76,7 @@ class RotationReader:
         self._known: dict[tuple[str, bytes], tuple[Rotary, np.ndarray] | None] = {}
 
     def read(self, value: Value, layout: np.ndarray) -> Rotation | None:
-        """What ``value``, heads of which lie as ``layout[head, i]`` in a token's values, is the rotation of; or None."""
+        """What ``value``, whose heads lie as ``layout[head, i]`` in a token's values, is the rotation of; or None."""
         found = _source(value, self._graph, self._classes)
         if found is None:
             return None

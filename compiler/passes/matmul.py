@@ -15,7 +15,7 @@ import numpy as np
 from distaff.compiler.analysis.dims import ELEMENTWISE
 from distaff.compiler.analysis.functions import read_activation, read_gate, read_rms_norm
 from distaff.compiler.analysis.tokens import Kind, TokenClasses
-from distaff.compiler.ir import EMBED, MATMUL, Graph, Node, Value
+from distaff.compiler.ir import EMBED, MATMUL, Graph, Node, Sym, Value
 from distaff.compiler.ir.types import TensorType
 from distaff.kernels.matmul import WeightFormat
 
@@ -72,7 +72,8 @@ class _Rewriter:
         return [n for n in self.graph.nodes if n.op == MATMUL]
 
     def operand(self, node: Node, role: str) -> Value:
-        return node.inputs[node.params["spec"].operands.index(role)]
+        spec: ProductSpec = node.params["spec"]
+        return node.inputs[spec.operands.index(role)]
 
     def is_token(self, value: Value) -> bool:
         return self.classes.kinds.get(id(value)) is Kind.TOKEN
@@ -321,8 +322,8 @@ def name_of(value: Value) -> str:
 
 
 def broadcast_vector(value: Value, like: TensorType) -> np.ndarray | None:
-    """The values of one token, flat, that ``value`` adds to every token of type ``like``; None if it is not constant."""
-    shape = [1 if i in like.token_dims else d for i, d in enumerate(like.shape)]
+    """What ``value`` adds to every token of type ``like``, flat; None if it is not constant."""
+    shape = [1 if isinstance(d, Sym) else d for d in like.shape]
     node = value.node
     array: np.ndarray | None
     if node is not None and node.op == "broadcast_in_dim":
