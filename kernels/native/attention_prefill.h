@@ -37,16 +37,16 @@ static void prefill_piece(const Call& call, const Piece& piece, float* scratch) 
     Product::pack_row(keys, key_size, q + row * depth);
     running[row] = Running{};
   }
+  const auto key_column =
+      Column<K>{static_cast<const K*>(call.keys.data), int64_t{call.kv_heads} * key_size, key_size}.head(kv);
+  const auto value_column =
+      Column<V>{static_cast<const V*>(call.values.data), int64_t{call.kv_heads} * value_size, value_size}.head(kv);
   for (int64_t at = piece.begin; at < piece.end; at += kTile) {
     const int count = smaller(piece.end - at, int64_t{kTile});
     int64_t tokens[kTile];
     locate(call, piece.request, at, count, tokens);
-    pack_keys<Product>(Column<K>{static_cast<const K*>(call.keys.data) + kv * key_size,
-                                 int64_t{call.kv_heads} * key_size, key_size},
-                       tokens, count, keys);
-    pack_values<Product>(Column<V>{static_cast<const V*>(call.values.data) + kv * value_size,
-                                   int64_t{call.kv_heads} * value_size, value_size},
-                         tokens, count, values, stride);
+    pack_keys<Product>(key_column, tokens, count, keys);
+    pack_values<Product>(value_column, tokens, count, values, stride);
     for (int top = 0; top < rows; top += kStrip) {
       const int height = smaller(rows - top, kStrip);
       int first, end, columns;

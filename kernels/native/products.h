@@ -185,7 +185,7 @@ static void pack_values(Column<T> values, const int64_t* tokens, int count, floa
     const auto half = [](const T* from, int n) {
       U16 bits{};
       memcpy(&bits, from, n * sizeof *from);
-      return __builtin_convertvector(bits, U32);
+      return widen(bits);
     };
     for (int i = 0; i < rows; i += 2) {
       const T *even = values.of(tokens[i]), *odd = values.of(tokens[i + 1]);

@@ -37,7 +37,7 @@ constexpr float kInfinity = __builtin_inff();
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
+static constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
 static inline F32 splat(float x) { return x - F32{}; }
 static inline I32 splat(int32_t x) { return x - I32{}; }
@@ -56,13 +56,22 @@ static inline F32 load(const float* from) {
 
 static inline void store(float* to, F32 value) { memcpy(to, &value, sizeof value); }
 
-static inline F32 widen(U16 bits) { return (F32)(__builtin_convertvector(bits, U32) << 16); }
+// Each of the numbers as 32 bits.
+static inline U32 widen(U16 numbers) {
+#if defined(__AVX512F__)
+  return (U32)_mm512_cvtepu16_epi32((__m256i)numbers);
+#elif defined(__AVX2__)
+  return (U32)_mm256_cvtepu16_epi32((__m128i)numbers);
+#else
+  return __builtin_convertvector(numbers, U32);
+#endif
+}
 
 // bfloat16 is kept as its bits.
 static inline F32 load(const uint16_t* from) {
   U16 bits;
   memcpy(&bits, from, sizeof bits);
-  return widen(bits);
+  return (F32)(widen(bits) << 16);
 }
 
 // The first n values, then zeros.
@@ -75,7 +84,7 @@ static inline F32 load_first(const float* from, int n) {
 static inline F32 load_first(const uint16_t* from, int n) {
   U16 bits{};
   memcpy(&bits, from, n * sizeof *from);
-  return widen(bits);
+  return (F32)(widen(bits) << 16);
 }
 
 static inline F32 max(F32 a, F32 b) {
@@ -101,17 +110,17 @@ static inline F32 add_pairs(F32 a, F32 b) {
 #endif
 }
 
-// Lane i is the sum of all lanes of vectors[i].
+// Lane i of n = kLanes vectors' result is the sum of all lanes of vectors[i].
+template <int n = kLanes>
 static inline F32 sum_each(const F32* vectors) {
-  F32 level[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) level[i] = vectors[i];
-#pragma GCC unroll 4
-  for (int n = kLanes; n > 1; n /= 2) {
+  if constexpr (n == 1) {
+    return vectors[0];
+  } else {
+    F32 halved[n / 2];
 #pragma GCC unroll 8
-    for (int i = 0; i < n / 2; ++i) level[i] = add_pairs(level[2 * i], level[2 * i + 1]);
+    for (int i = 0; i < n / 2; ++i) halved[i] = add_pairs(vectors[2 * i], vectors[2 * i + 1]);
+    return sum_each<n / 2>(halved);
   }
-  return level[0];
 }
 
 static inline float sum(F32 v) {

@@ -168,7 +168,7 @@ def test_number_of_pages_may_be_symbolic():
     inputs, _, _ = arrays(rng, "grouped", 17, num_pages)
     spec = CASES["grouped"][0]
     pool = jax.ShapeDtypeStruct((LAYERS, export.symbolic_shape("n")[0], *inputs.k_pages.shape[2:]), jnp.float32)
-    function = jax.jit(lambda *arrays: paged_attention(spec, *arrays[:5], LAYER, arrays[5]))
+    function = jax.jit(lambda *arrays: xla.attention(spec, *arrays[:5], LAYER, arrays[5], None, None))
     exported = export.export(function)(*inputs[:3], pool, pool, StepBatch(*batch_shapes(17, 5, 1, 7)))
     check_result(exported.call(*inputs, batch), spec, inputs, batch)
 
