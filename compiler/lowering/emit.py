@@ -102,6 +102,7 @@ class _Body(Evaluator):
         self.plan, self.pages, self.batch = plan, pages, batch
         self.weights = known
         self.layer_offset: int | jax.Array = 0
+        self.live: jax.Array | None = batch.starts[-1] if count > 1 else None  # what comes after is padding
 
     def run_loop(self, loop: LayerLoop, stacks: Mapping[int, jax.Array]) -> None:
         """Evaluates the body with repeated layers in one `jax.lax.scan`; pages are carried and stay in place."""
@@ -167,6 +168,7 @@ class _Body(Evaluator):
             activation=spec.activation,
             gated=spec.gated,
             residual=self.rows(operands["residual"]) if "residual" in operands else None,
+            live=self.live,
         )
         if len(node.outputs) == 1:
             return [self.of_rows(node.output, result)]
@@ -274,6 +276,9 @@ def _tail(plan: ServePlan, body: _Body, batch: StepBatch) -> jax.Array:
         }
         chosen = batch._replace(tokens=batch.tokens[samples], positions=batch.positions[samples])
         tail = _Body(plan, {**body.weights, **known}, body.pages, chosen)
+        # Samples stand in front, and where there are as many as requests, there is no more than one of each.
+        requests = jnp.sum(batch.contexts > 0, dtype=jnp.int32)
+        tail.live = requests if samples.shape == batch.contexts.shape else None
         tail.run(plan.tail)
         return tail.rows(output).astype(jnp.float32)
     return _tail_of_request(plan, body, batch)

@@ -29,6 +29,7 @@ class MatmulSpec:
     activation: str | None = None
     gated: bool = False
     residual: bool = False
+    live: bool = False
     activations: str = "int8"
 
     @property
@@ -50,6 +51,7 @@ def matmul(
     activation: str | None = None,
     gated: bool = False,
     residual: jax.Array | None = None,
+    live: jax.Array | None = None,
     activations: str = "int8",
     platform: str | None = None,
 ) -> jax.Array:
@@ -65,18 +67,30 @@ def matmul(
     and in float32 across groups. With ``activations="float32"`` x is kept, and the weights are made float32.
     (The reference always keeps x and weights in float32.)
 
+    Rows from ``live`` (int32 []) on are padding: an implementation need not compute them, and what they come out as
+    means nothing.
+
     ``platform`` is where the program will run (default: where jax runs now). Raises `ValueError` for what does not fit
     together and `NoImplementationError`.
     """
     if (norm_weight is None) != (norm_eps is None):
         raise ValueError("norm_weight and norm_eps go together")
     spec = MatmulSpec(
-        format, rows, columns, norm_eps, bias is not None, activation, gated, residual is not None, activations
+        format,
+        rows,
+        columns,
+        norm_eps,
+        bias=bias is not None,
+        activation=activation,
+        gated=gated,
+        residual=residual is not None,
+        live=live is not None,
+        activations=activations,
     )
-    _check(spec, x, packed_arrays, norm_weight, bias, residual)
+    _check(spec, x, packed_arrays, norm_weight, bias, residual, live)
     implementation = choose("matmul", platform or jax.default_backend(), call_attributes(spec, str(x.dtype)))
     arrays = tuple(packed_arrays)
-    return cast(jax.Array, implementation.function(spec, x, arrays, norm_weight, bias, residual))
+    return cast(jax.Array, implementation.function(spec, x, arrays, norm_weight, bias, residual, live))
 
 
 def embed_rows(
@@ -118,6 +132,7 @@ def _check(
     norm_weight: jax.Array | None,
     bias: jax.Array | None,
     residual: jax.Array | None,
+    live: jax.Array | None,
 ) -> None:
     _check_weight(spec, packed_arrays)
     if x.ndim != 2 or x.shape[1] != spec.rows or x.dtype not in (jnp.float32, jnp.bfloat16):
@@ -134,6 +149,8 @@ def _check(
     for name, (array, shape) in expected.items():
         if array is not None and (array.shape != shape or array.dtype != jnp.float32):
             raise ValueError(f"{name} must be float32{list(shape)}, not {array.dtype}{list(array.shape)}")
+    if live is not None and (live.shape != () or live.dtype != jnp.int32):
+        raise ValueError(f"live must be int32[], not {live.dtype}{list(live.shape)}")
 
 
 def _check_weight(spec: MatmulSpec, packed_arrays: Sequence[jax.Array]) -> None:

@@ -27,8 +27,9 @@ def matmul(
     norm_weight: jax.Array | None,
     bias: jax.Array | None,
     residual: jax.Array | None,
+    live: jax.Array | None,
 ) -> jax.Array:
-    """`distaff.kernels.matmul.matmul`."""
+    """`distaff.kernels.matmul.matmul`; computes padding too."""
     x = x.astype(jnp.float32)
     if norm_weight is not None:
         x = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + spec.norm_eps) * norm_weight
