@@ -126,7 +126,7 @@ def interleave_gated(gate: Array, up: Array) -> Array:
 def packed_shapes(
     format: WeightFormat, rows: int, columns: int, *, gated: bool = False
 ) -> list[tuple[tuple[int, ...], str]]:
-    """Shape and dtype of each array of a packed weight; a gated one's ``columns`` are both halves', without padding."""
+    """Shape and dtype of each array of a packed weight; ``columns`` of a gated one count both halves, unpadded."""
     panels = -(-(columns // 2) // LANES) * 2 if gated else -(-columns // LANES)
     padded = -(-rows // format.row_unit) * format.row_unit
     if format.kind == "float32":

@@ -35,13 +35,17 @@ def quantise(weight: Array, format: WeightFormat) -> tuple[Array, Array, Array |
     """
     if not np.isfinite(weight).all():
         raise UnquantisableError("a weight with infinite numbers or NaN cannot be quantised")
+    reach = 65504 * (1 if format.offsets else _limits(format)[1])  # of float16 scales
+    if format.group and (largest := np.abs(weight).max()) > reach:
+        raise UnquantisableError(
+            f"{largest:.3g} is too large for {format} with float16 scales; use int8 without groups"
+        )
     rows, columns = weight.shape
     group = format.group or rows
-    blocks = np.pad(weight, ((0, -rows % group), (0, 0))).reshape(-1, group, columns)
+    # A last group that is not full is filled with its last row: zeros could widen its range.
+    blocks = np.pad(weight, ((0, -rows % group), (0, 0)), mode="edge").reshape(-1, group, columns)
     parts = [_best(blocks[..., n : n + _COLUMNS], format) for n in range(0, columns, _COLUMNS)]
     integers, scales, offsets = (np.concatenate(arrays, -1) for arrays in zip(*parts, strict=True))
-    if not (np.isfinite(scales).all() and np.isfinite(offsets).all()):
-        raise UnquantisableError("a weight is too large for the float16 scales of its groups; use int8 without groups")
     integers = integers.reshape(-1, columns)[:rows]
     return integers, scales if format.group else scales[0], offsets if format.offsets else None
 
@@ -89,12 +93,10 @@ def _limits(format: WeightFormat) -> tuple[int, int]:
 def _rounded(blocks: Array, scales: Array, offsets: Array, format: WeightFormat) -> _Blocks:
     """Blocks with these scales and offsets, rounded to float16 if they are of groups."""
     if format.group:
-        with np.errstate(over="ignore"):  # the caller looks for infinities
-            scales, offsets = scales.astype(np.float16), offsets.astype(np.float16)
+        scales, offsets = scales.astype(np.float16), offsets.astype(np.float16)
     wide = scales.astype(np.float32)[:, None]
     inverse = np.divide(1, wide, out=np.zeros_like(wide), where=wide != 0)
     steps = np.rint((blocks - offsets.astype(np.float32)[:, None]) * inverse)
-    steps = np.nan_to_num(steps, nan=0)  # offsets that are infinite
     return _Blocks(np.clip(steps, *_limits(format)).astype(np.int16) + _bias(format), scales, offsets)
 
 

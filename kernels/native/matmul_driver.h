@@ -18,7 +18,7 @@ struct Blocks {
   int64_t height, width, down, across;
 
   explicit Blocks(const Matmul& call) {
-    constexpr int64_t kMostRows = 128, kMostPanels = 8, kLeastBytes = 32 * 1024, kTileRows = 12;
+    constexpr int64_t kMostRows = 128, kMostPanels = 8, kLeastBytes = 16 * 1024, kTileRows = 12;
     down = (call.m + kMostRows - 1) / kMostRows;
     height = (call.m + down - 1) / down;
     if (down > 1) height = (height + kTileRows - 1) / kTileRows * kTileRows;  // few tiles that are not full

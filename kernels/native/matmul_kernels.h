@@ -128,45 +128,39 @@ struct Bfloat16 {
   static Simd::F dot(Simd::F acc, W w, W x) { return Simd::dot_2(acc, w, x); }
 };
 
-// The loops over R and P are unrolled, so that the sums stay in registers.
+// A loop over a tile, unrolled before anything else is done to it, so that sums in arrays become registers.
+template <int kIndex>
+struct Constant {
+  DISTAFF_INLINE constexpr operator int() const { return kIndex; }
+};
+template <int kEnd, int kBegin = 0, typename Body>
+DISTAFF_INLINE void unrolled(const Body& body) {
+  if constexpr (kBegin < kEnd) {
+    body(Constant<kBegin>{});
+    unrolled<kEnd, kBegin + 1>(body);
+  }
+}
+#define DISTAFF_UNROLLED __attribute__((always_inline))
+
 template <typename Format, int R, int P>
 void float_tile(const Tile& t) {
   Simd::F acc[R][P];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) acc[r][p] = t.first ? Simd::zero() : Simd::load(t.c + r * t.c_stride + p * kLanes);
-  }
+  unrolled<R>([&](auto r) DISTAFF_UNROLLED {
+    unrolled<P>([&](auto p) DISTAFF_UNROLLED {
+      acc[r][p] = t.first ? Simd::zero() : Simd::load(t.c + r * t.c_stride + p * kLanes);
+    });
+  });
   for (int64_t s = 0; s < t.steps; ++s) {
     typename Format::W w[P];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) w[p] = Format::load(t.w + p * t.w_stride + s * kStepBytes);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    unrolled<P>([&](auto p) DISTAFF_UNROLLED { w[p] = Format::load(t.w + p * t.w_stride + s * kStepBytes); });
+    unrolled<R>([&](auto r) DISTAFF_UNROLLED {
       const typename Format::W x = Format::repeat(t.a + r * t.a_stride + s * 4);
-#pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) acc[r][p] = Format::dot(acc[r][p], w[p], x);
-    }
+      unrolled<P>([&](auto p) DISTAFF_UNROLLED { acc[r][p] = Format::dot(acc[r][p], w[p], x); });
+    });
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) Simd::store(t.c + r * t.c_stride + p * kLanes, acc[r][p]);
-  }
-}
-
-// One step of int8 weights (or half a step of int4 weights, as `unpack` makes them) against 4 bytes of every row.
-template <int R, int P, typename Unpack>
-inline void dot_step(Simd::I (&acc)[R][P], const Tile& t, const uint8_t* w, const uint8_t* a, Unpack unpack) {
-  Simd::I weights[P];
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) weights[p] = unpack(Simd::load_64(w + p * t.w_stride));
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    const Simd::I x = Simd::repeat_4(a + r * t.a_stride);
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) acc[r][p] = Simd::dot_4(acc[r][p], weights[p], x);
-  }
+  unrolled<R>([&](auto r) DISTAFF_UNROLLED {
+    unrolled<P>([&](auto p) DISTAFF_UNROLLED { Simd::store(t.c + r * t.c_stride + p * kLanes, acc[r][p]); });
+  });
 }
 
 // Integer sums over a group, then c += sum * (scale of w) * (scale of x) [+ offset of w * sum of x]. Sums start at
@@ -175,40 +169,46 @@ template <bool kInt4, bool kGrouped, int R, int P>
 void int_tile(const Tile& t) {
   for (int64_t g = 0, done = 0; done < t.steps; ++g, done += t.group_steps) {
     Simd::I acc[R][P];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    unrolled<R>([&](auto r) DISTAFF_UNROLLED {
       const Simd::I shift = Simd::int_all(kGrouped || t.first ? t.a_shifts[r * t.groups + g] : 0);
-#pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) acc[r][p] = shift;
-    }
+      unrolled<P>([&](auto p) DISTAFF_UNROLLED { acc[r][p] = shift; });
+    });
+    // 64 bytes of each panel against 4 bytes of each row.
+    const auto dot = [&](const uint8_t* a, const Simd::I(&w)[P]) DISTAFF_UNROLLED {
+      unrolled<R>([&](auto r) DISTAFF_UNROLLED {
+        const Simd::I x = Simd::repeat_4(a + r * t.a_stride);
+        unrolled<P>([&](auto p) DISTAFF_UNROLLED { acc[r][p] = Simd::dot_4(acc[r][p], w[p], x); });
+      });
+    };
     const int64_t end = least(done + t.group_steps, t.steps);
     for (int64_t s = done; s < end; ++s) {
-      const uint8_t* w = t.w + s * kStepBytes;
+      const auto load = [&](int p) DISTAFF_UNROLLED { return Simd::load_64(t.w + p * t.w_stride + s * kStepBytes); };
+      Simd::I w[P];
       if constexpr (kInt4) {
-        const uint8_t* a = t.a + s * 8;
-        dot_step(acc, t, w, a, [](Simd::I bytes) { return Simd::low_nibbles(bytes); });
-        dot_step(acc, t, w, a + 4, [](Simd::I bytes) { return Simd::high_nibbles(bytes); });
+        unrolled<P>([&](auto p) DISTAFF_UNROLLED { w[p] = Simd::low_nibbles(load(p)); });
+        dot(t.a + s * 8, w);
+        unrolled<P>([&](auto p) DISTAFF_UNROLLED { w[p] = Simd::high_nibbles(load(p)); });
+        dot(t.a + s * 8 + 4, w);
       } else {
-        dot_step(acc, t, w, t.a + s * 4, [](Simd::I bytes) { return bytes; });
+        unrolled<P>([&](auto p) DISTAFF_UNROLLED { w[p] = load(p); });
+        dot(t.a + s * 4, w);
       }
     }
     const bool first = t.first && g == 0;
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) {
+    unrolled<P>([&](auto p) DISTAFF_UNROLLED {
       const int64_t scale = kGrouped ? (p * t.groups + g) * kLanes : p * kLanes;
       const Simd::F w_scale = kGrouped ? Simd::load_half(t.group_scales + scale) : Simd::load(t.column_scales + scale);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
+      const Simd::F offset =
+          kGrouped && t.group_offsets != nullptr ? Simd::load_half(t.group_offsets + scale) : Simd::zero();
+      unrolled<R>([&](auto r) DISTAFF_UNROLLED {
         float* c = t.c + r * t.c_stride + p * kLanes;
         const int64_t at = r * t.groups + (kGrouped ? g : 0);
         const Simd::F scales = Simd::mul(w_scale, Simd::all(t.a_scales[at]));
         Simd::F sum = Simd::fma(Simd::to_float(acc[r][p]), scales, first ? Simd::zero() : Simd::load(c));
-        if (kGrouped && t.group_offsets != nullptr) {
-          sum = Simd::fma(Simd::load_half(t.group_offsets + scale), Simd::all(t.a_sums[at]), sum);
-        }
+        if (kGrouped && t.group_offsets != nullptr) sum = Simd::fma(offset, Simd::all(t.a_sums[at]), sum);
         Simd::store(c, sum);
-      }
-    }
+      });
+    });
   }
 }
 
@@ -382,7 +382,7 @@ void compute_block(const Matmul& call, const Block& block, float* scratch) {
   finish(call, block, scratch);
 }
 
-constexpr MatmulKernels kKernels{prepare, compute_block};
+constexpr MatmulKernels kMatmul{prepare, compute_block};
 
 }  // namespace
 }  // namespace distaff

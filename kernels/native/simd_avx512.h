@@ -92,7 +92,9 @@ struct Simd {
   // acc[j] += the sum over four bytes of w (unsigned) * x (signed).
   static I dot_4(I acc, I w, I x) {
 #ifdef __AVX512VNNI__
-    return _mm512_dpbusd_epi32(acc, w, x);
+    // Not _mm512_dpbusd_epi32: GCC 12 copies the sums of a large tile to memory and back around it.
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+    return acc;
 #else
     const I even_w = _mm512_and_si512(w, _mm512_set1_epi16(255));
     const I even_x = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8);
