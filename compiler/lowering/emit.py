@@ -156,7 +156,7 @@ class _Body(Evaluator):
         operands = dict(zip(spec.operands, node.inputs, strict=True))
         joined = len(spec.columns) > 1 and not spec.gated
         widths = [padded_columns(columns) if joined else columns for columns in spec.columns]
-        result = matmul(
+        results = matmul(
             self.rows(operands["x"]),
             self.packed(operands),
             format=spec.format,
@@ -169,14 +169,9 @@ class _Body(Evaluator):
             gated=spec.gated,
             residual=self.rows(operands["residual"]) if "residual" in operands else None,
             live=self.live,
+            parts=spec.columns if joined else (),
         )
-        if len(node.outputs) == 1:
-            return [self.of_rows(node.output, result)]
-        starts = np.cumsum([0, *widths])
-        return [
-            self.of_rows(value, jax.lax.slice_in_dim(result, int(start), int(start) + columns, axis=1))
-            for value, start, columns in zip(node.outputs, starts, spec.columns, strict=False)
-        ]
+        return [self.of_rows(value, rows) for value, rows in zip(node.outputs, results, strict=True)]
 
     def packed(self, operands: Mapping[str, Value]) -> list[jax.Array]:
         return [self[operands[role]] for role in ("values", "scales", "offsets") if role in operands]

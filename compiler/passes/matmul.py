@@ -18,6 +18,7 @@ from distaff.compiler.analysis.tokens import Kind, TokenClasses
 from distaff.compiler.ir import EMBED, MATMUL, Graph, Node, Sym, Value
 from distaff.compiler.ir.types import TensorType
 from distaff.kernels.matmul import WeightFormat
+from distaff.kernels.matmul.operation import MOST_PARTS
 
 # Below this a product is no matter of memory or kernels.
 _LEAST_ROWS, _LEAST_COLUMNS = 16, 16
@@ -222,7 +223,7 @@ class _Rewriter:
                 norm = np.asarray(self.operand(node, "norm").data).tobytes() if "norm" in spec.operands else None
                 groups.setdefault((id(self.operand(node, "x")), norm, spec.norm_epsilon), []).append(node)
         for siblings in groups.values():
-            joined = _join(siblings) if len(siblings) > 1 else None
+            joined = _join(siblings) if 1 < len(siblings) <= MOST_PARTS else None
             if joined is None:
                 continue
             first, *others = siblings

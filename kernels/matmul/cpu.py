@@ -34,14 +34,14 @@ def matmul(
     bias: jax.Array | None,
     residual: jax.Array | None,
     live: jax.Array | None,
-) -> jax.Array:
+) -> list[jax.Array]:
     """`distaff.kernels.matmul.matmul`."""
     optional = {_NORM_WEIGHT: norm_weight, _BIAS: bias, _RESIDUAL: residual, _LIVE: live}
     given = {bit: array for bit, array in optional.items() if array is not None}
-    call = jax.ffi.ffi_call(
-        _TARGETS["matmul"], jax.ShapeDtypeStruct((x.shape[0], spec.out_columns), np.float32), vmap_method="sequential"
-    )
-    return call(
+    widths = spec.parts or (spec.out_columns,)
+    results = [jax.ShapeDtypeStruct((x.shape[0], width), np.float32) for width in widths]
+    call = jax.ffi.ffi_call(_TARGETS["matmul"], results, vmap_method="sequential")
+    found: list[jax.Array] = call(
         x,
         *arrays,
         *given.values(),
@@ -52,6 +52,7 @@ def matmul(
         gated=spec.gated,
         int8_activations=spec.activations == "int8",
     )
+    return found
 
 
 @register("matmul.embed_rows", "native", platforms=("cpu",), priority=10, refuses=_refuses)

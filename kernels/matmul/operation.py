@@ -14,6 +14,7 @@ from distaff.kernels.matmul.packing import LANES, packed_shapes
 from distaff.kernels.registry import choose
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+MOST_PARTS = 8
 INT8_MOST_ROWS = 65536  # of a matrix without groups, so that integer sums fit 32 bits
 
 
@@ -30,6 +31,7 @@ class MatmulSpec:
     gated: bool = False
     residual: bool = False
     live: bool = False
+    parts: tuple[int, ...] = ()
     activations: str = "int8"
 
     @property
@@ -52,10 +54,11 @@ def matmul(
     gated: bool = False,
     residual: jax.Array | None = None,
     live: jax.Array | None = None,
+    parts: Sequence[int] = (),
     activations: str = "int8",
     platform: str | None = None,
-) -> jax.Array:
-    """``x[M, rows]`` (float32 or bfloat16) times a packed ``W[rows, columns]``: float32 ``[M, columns]``.
+) -> list[jax.Array]:
+    """``x[M, rows]`` (float32 or bfloat16) times a packed ``W[rows, columns]``: a list of float32 ``[M, columns]``.
 
     Before: with ``norm_weight[rows]``, x becomes ``x * rsqrt(mean(x^2) + norm_eps) * norm_weight`` in float32. After,
     in this order: ``+ bias[columns]``, ``activation`` (silu, gelu_tanh, gelu, relu), and ``+ residual[M, columns]``.
@@ -66,6 +69,9 @@ def matmul(
     to int8 by its largest number in each row, and group if there are groups; products are added as integers in a group
     and in float32 across groups. With ``activations="float32"`` x is kept, and the weights are made float32.
     (The reference always keeps x and weights in float32.)
+
+    If W is several matrices side by side, each padded to whole panels of 16 columns, ``parts`` are their widths without
+    padding, and the list has a result for each.
 
     Rows from ``live`` (int32 []) on are padding: an implementation need not compute them, and what they come out as
     means nothing.
@@ -85,12 +91,13 @@ def matmul(
         gated=gated,
         residual=residual is not None,
         live=live is not None,
+        parts=tuple(parts),
         activations=activations,
     )
     _check(spec, x, packed_arrays, norm_weight, bias, residual, live)
     implementation = choose("matmul", platform or jax.default_backend(), call_attributes(spec, str(x.dtype)))
     arrays = tuple(packed_arrays)
-    return cast(jax.Array, implementation.function(spec, x, arrays, norm_weight, bias, residual, live))
+    return cast(list[jax.Array], implementation.function(spec, x, arrays, norm_weight, bias, residual, live))
 
 
 def embed_rows(
@@ -149,6 +156,9 @@ def _check(
     for name, (array, shape) in expected.items():
         if array is not None and (array.shape != shape or array.dtype != jnp.float32):
             raise ValueError(f"{name} must be float32{list(shape)}, not {array.dtype}{list(array.shape)}")
+    padded = sum(-(-width // LANES) * LANES for width in spec.parts)
+    if spec.parts and (padded != spec.columns or spec.gated or spec.residual or len(spec.parts) > MOST_PARTS):
+        raise ValueError(f"parts {spec.parts} must fill {spec.columns} columns, at most {MOST_PARTS}, without residual")
     if live is not None and (live.shape != () or live.dtype != jnp.int32):
         raise ValueError(f"live must be int32[], not {live.dtype}{list(live.shape)}")
 
