@@ -8,6 +8,7 @@
 #include "attention_plan.h"
 #include "parallel.h"
 #include "registry.h"
+#include "timing.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace distaff::attention {
@@ -60,6 +61,8 @@ std::string wrong_index(const Call& call, int64_t num_pages, int64_t table_posit
 
 ffi::Error bad(std::string message) { return ffi::Error::InvalidArgument("paged attention: " + message); }
 
+Timer timer("paged_attention");
+
 struct Options {
   float scale, softcap;
   int64_t window;
@@ -69,6 +72,7 @@ struct Options {
 ffi::Error run(ffi::ThreadPool pool, Buffer q, Buffer k, const Buffer* v, Buffer k_pages, const Buffer* v_pages,
                Buffer layer, Buffer positions, Buffer slots, Buffer starts, Buffer tables, Buffer slopes, Buffer sinks,
                Buffer cosines, Buffer sines, Options options, Buffer output, Buffer new_k, const Buffer* new_v) {
+  const Timed timed(timer);
   const auto keys = k_pages.dimensions(), queries = q.dimensions();
   if (queries.size() != 3 || keys.size() != 5 || tables.dimensions().size() != 2 || starts.element_count() < 1) {
     return bad("q" + shape(q) + ", k_pages" + shape(k_pages) + ", tables" + shape(tables) + " have wrong ranks");

@@ -1,7 +1,8 @@
 // Splitting a kernel's work over XLA's own intra-op thread pool.
 //
-// Work is cut into more chunks than there are threads, and whoever is free takes the next one. The calling thread works
-// too, so a helper that wakes late (or never, on a busy machine) costs nothing but its share.
+// Work is cut into more chunks than there are threads. Each thread has a range of chunks and takes them in order (so
+// that memory is read in long runs); whoever is done takes from the ranges of others. The calling thread works too, so a
+// helper that wakes late (or never, on a busy machine) costs nothing but its share.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <memory>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -41,22 +43,38 @@ class Threads {
       for (int64_t i = 0; i < chunks; ++i) work(i);
       return;
     }
+    // Helpers may look at this after run() has returned; they touch `work` only while a chunk is theirs.
     struct Shared {
-      std::atomic<int64_t> next{0};
-      std::atomic<int64_t> done{0};
+      struct alignas(64) Range {
+        std::atomic<int64_t> next;
+        int64_t end;
+      };
+      Shared(int64_t chunks, int64_t threads) : ranges(threads) {
+        for (int64_t i = 0; i < threads; ++i) {
+          ranges[i].next = chunks * i / threads;
+          ranges[i].end = chunks * (i + 1) / threads;
+        }
+      }
+      std::vector<Range> ranges;
+      std::atomic<int64_t> joined{1};
+      alignas(64) std::atomic<int64_t> done{0};
     };
-    // Helpers may look at the counters after run() has returned; they touch `work` only while a chunk is theirs.
-    auto shared = std::make_shared<Shared>();
+    const int64_t threads = std::min<int64_t>(count(), chunks);
+    auto shared = std::make_shared<Shared>(chunks, threads);
     auto* body = &work;
-    auto drain = [shared, body, chunks] {
-      for (int64_t i; (i = shared->next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
-        (*body)(i);
-        shared->done.fetch_add(1, std::memory_order_release);
+    const auto help = [shared, body, threads](int64_t own) {
+      for (int64_t offset = 0; offset < threads; ++offset) {
+        auto& range = shared->ranges[(own + offset) % threads];
+        for (int64_t i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) {
+          (*body)(i);
+          shared->done.fetch_add(1, std::memory_order_release);
+        }
       }
     };
-    const int64_t helpers = std::min<int64_t>(count() - 1, chunks - 1);
-    for (int64_t i = 0; i < helpers; ++i) pool_.Schedule(decltype(drain)(drain));
-    drain();
+    for (int64_t i = 1; i < threads; ++i) {
+      pool_.Schedule([shared, help] { help(shared->joined.fetch_add(1, std::memory_order_relaxed)); });
+    }
+    help(0);
     for (int spins = 0; shared->done.load(std::memory_order_acquire) < chunks; ++spins) {
       if (spins < 4096) {
         relax_cpu();
