@@ -13,6 +13,7 @@ from distaff.frontend.core.meta import get_sharding as get_sharding
 from distaff.frontend.core.meta import unbox as unbox
 from distaff.frontend.core.meta import with_partitioning as with_partitioning
 from distaff.frontend.core.scope import Variable as Variable
+from distaff.frontend.linen import spmd as spmd
 from distaff.frontend.linen.activation import celu as celu
 from distaff.frontend.linen.activation import elu as elu
 from distaff.frontend.linen.activation import gelu as gelu

@@ -1,0 +1,181 @@
+"""Logical axis names in collections of their own: the older way, which boxes (``nn.with_logical_partitioning``) replace.
+
+``param_with_axes`` declares a parameter, and notes the names of its axes in the collection ``params_axes``, which
+``get_axis_names`` turns into a tree of ``PartitionSpec`` like that of the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from distaff.frontend import errors, struct
+from distaff.frontend.core.frozen_dict import FrozenDict, freeze
+from distaff.frontend.core.scope import Scope, Variable
+from distaff.frontend.core.spmd import get_logical_axis_rules as get_axis_rules
+from distaff.frontend.core.spmd import logical_axis_rules as axis_rules
+from distaff.frontend.core.spmd import set_logical_axis_rules as set_axis_rules
+from distaff.frontend.linen.context import context
+from distaff.frontend.sharding import LogicalRules, RulesFallback, is_logical_spec, logical_to_mesh, logical_to_mesh_axes
+from distaff.frontend.sharding import with_logical_constraint as with_sharding_constraint
+from distaff.frontend.traverse_util import flatten_dict, unflatten_dict
+
+if TYPE_CHECKING:
+    from distaff.frontend.linen.module import Module
+
+__all__ = [
+    "AxisMetadata",
+    "LogicalRules",
+    "PartitionedVariable",
+    "RulesFallback",
+    "axis_rules",
+    "get_axis_names",
+    "get_axis_rules",
+    "logical_to_mesh",
+    "logical_to_mesh_axes",
+    "param_with_axes",
+    "set_axis_rules",
+    "variable_with_axes",
+    "with_sharding_constraint",
+]
+
+AxisNames = tuple[str | None, ...]
+
+
+@struct.dataclass
+class AxisMetadata:
+    """The names of a variable's axes: a tuple, or a tree of tuples for a variable that is a tree."""
+
+    names: Any = struct.field(pytree_node=False)
+
+
+class PartitionedVariable(Variable[Any]):
+    """A variable that is constrained to the sharding of its axes whenever it is read or assigned."""
+
+    __slots__ = ("axes", "fallback")
+
+    def __init__(
+        self,
+        scope: Scope,
+        collection: str,
+        name: str,
+        axes: AxisNames | None = None,
+        fallback: RulesFallback = RulesFallback.AXIS_IS_UNSHARDED,
+    ) -> None:
+        super().__init__(scope, collection, name, unbox=False)
+        self.axes, self.fallback = axes, fallback
+
+    @property
+    def value(self) -> Any:
+        """The current value."""
+        return with_sharding_constraint(
+            self.scope.get_variable(self.collection, self.name), self.axes, fallback=self.fallback
+        )
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        constrained = with_sharding_constraint(value, self.axes, fallback=self.fallback)
+        self.scope.put_variable(self.collection, self.name, constrained)
+
+
+def _current_module() -> Module:
+    module = context.module_stack[-1]
+    if module is None:
+        raise ValueError("There is no current module: call this inside a module's method, or pass module=….")
+    return module
+
+
+def _note_axes(module: Module, collection: str, name: str, axes: AxisNames) -> None:
+    module.sow(f"{collection}_axes", f"{name}_axes", AxisMetadata(axes), reduce_fn=_same_axes)
+
+
+def _same_axes(before: Any, now: Any) -> Any:
+    if isinstance(before, AxisMetadata) and before != now:
+        raise ValueError(f"Axis names of one variable must agree between calls; got {before.names} and {now.names}.")
+    return now
+
+
+def param_with_axes(
+    name: str,
+    init_fn: Callable[..., Any],
+    *init_args: Any,
+    axes: AxisNames | None = None,
+    module: Module | None = None,
+    **init_kwargs: Any,
+) -> Any:
+    """``module.param``, with names for the axes.
+
+    Args:
+        name: the parameter's name.
+        init_fn: makes the first value, from a random key and ``init_args``.
+        *init_args: arguments of ``init_fn``.
+        axes: one logical name (or None) for each axis.
+        module: by default the module whose method is running.
+        **init_kwargs: keyword arguments of ``init_fn``.
+
+    Raises:
+        ValueError: other names were given for the same parameter before, or no module is running.
+    """
+    module = module or _current_module()
+    value = module.param(name, init_fn, *init_args, **init_kwargs)
+    if axes is None:
+        return value
+    value = with_sharding_constraint(value, jax.sharding.PartitionSpec(*axes))
+    _note_axes(module, "params", name, axes)
+    return value
+
+
+def variable_with_axes(
+    collection: str,
+    name: str,
+    init_fn: Callable[..., Any],
+    *init_args: Any,
+    axes: AxisNames | None = None,
+    module: Module | None = None,
+    fallback: RulesFallback = RulesFallback.AXIS_IS_UNSHARDED,
+    **init_kwargs: Any,
+) -> PartitionedVariable:
+    """``module.variable``, with names for the axes, which are noted in the collection ``{collection}_axes``.
+
+    Args:
+        collection: the variable's collection.
+        name: its name.
+        init_fn: makes the first value, from ``init_args``.
+        *init_args: arguments of ``init_fn``.
+        axes: one logical name (or None) for each axis.
+        module: by default the module whose method is running.
+        fallback: what to do with a name that no rule fits.
+        **init_kwargs: keyword arguments of ``init_fn``.
+
+    Raises:
+        ScopeVariableNotFoundError: the variable has no value, and its collection is not mutable.
+        ValueError: other names were given for the same variable before, or no module is running.
+    """
+    module = module or _current_module()
+    scope = module.scope
+    if scope is None:
+        raise errors.CallCompactUnboundModuleError()
+    scope.reserve(name)
+    if not scope.has_variable(collection, name):
+        if not scope.is_mutable_collection(collection):
+            raise errors.ScopeVariableNotFoundError(name, collection, scope.path_text)
+        value = init_fn(*init_args, **init_kwargs)
+        scope.put_variable(collection, name, with_sharding_constraint(value, axes, fallback=fallback))
+    if axes is not None:
+        _note_axes(module, collection, name, axes)
+    return PartitionedVariable(scope, collection, name, axes, fallback)
+
+
+def get_axis_names(axes_metadata: Any) -> FrozenDict[Any, Any]:
+    """A collection such as ``variables["params_axes"]`` as a tree of ``PartitionSpec`` by the variables' own names."""
+
+    def spec(names: Any) -> Any:
+        return None if names is None else jax.sharding.PartitionSpec(*names)
+
+    specs = {
+        (*path[:-1], path[-1].removesuffix("_axes")): jax.tree.map(spec, noted.names, is_leaf=is_logical_spec)
+        for path, noted in flatten_dict(axes_metadata).items()
+    }
+    return freeze(unflatten_dict(specs))
