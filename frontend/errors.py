@@ -149,6 +149,29 @@ class PartitioningUnspecifiedError(FlaxError):
         )
 
 
+# Checkpoints.
+
+
+class InvalidCheckpointError(FlaxError):
+    """A checkpoint was to be saved where there is one of the same or a later step."""
+
+    def __init__(self, path: str, step: object) -> None:
+        super().__init__(
+            f"Cannot save a checkpoint of step {step} at {path}: there is one of this step or a later one. Restore "
+            "that and go on from there, save in another folder, or pass overwrite=True to replace it and delete later ones."
+        )
+
+
+class MPACheckpointingRequiredError(FlaxError):
+    """A checkpoint in Flax's older format keeps arrays of several processes elsewhere."""
+
+    def __init__(self, path: str, step: object) -> None:
+        super().__init__(
+            f"The checkpoint {path} (step {step}) refers to arrays of several processes in {path}_gda, a format from "
+            "before Orbax that cannot be read here. Restore it with Flax, and save it again with Orbax."
+        )
+
+
 # Writing and calling modules.
 
 

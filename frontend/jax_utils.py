@@ -10,7 +10,7 @@ import collections
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distaff.frontend.known_outputs import known_outputs
+
+Body: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]
 
 _AXIS = "_device_put_sharded"
 
@@ -41,7 +43,8 @@ def replicate(tree: Any, devices: Sequence[jax.Device] | None = None, axis_name:
 
     def copies(x: Any) -> jax.Array:
         stack = jnp.stack if isinstance(x, jax.Array) else np.stack
-        return jax.device_put(stack([x] * count), sharding)
+        stacked: jax.Array = jax.device_put(stack([x] * count), sharding)
+        return stacked
 
     return jax.tree.map(copies, tree)
 
@@ -116,7 +119,7 @@ def prefetch_to_device(
 
 
 def scan_in_dim(
-    body_fn: Callable[[Any, Any], tuple[Any, Any]],
+    body_fn: Body,
     init: Any,
     xs: Any,
     axis: int | tuple[int, ...] = (0,),
@@ -153,13 +156,14 @@ def scan_in_dim(
         carry, y = body_fn(carry, jax.tree.map(lambda a: from_front(jnp.expand_dims(a, front)), x))
         return carry, jax.tree.map(lambda a: to_front(a).reshape(to_front(a).shape[len(axes) :]), y)
 
+    scan: Body = body
     for size in reversed(unrolls):
-        body = _scanned(body, size)
-    carry, ys = body(init, jax.tree.map(to_front, xs))
+        scan = _scanned(scan, size)
+    carry, ys = scan(init, jax.tree.map(to_front, xs))
     return carry, jax.tree.map(from_front, ys)
 
 
-def _scanned(body: Callable[[Any, Any], tuple[Any, Any]], unroll: int) -> Callable[[Any, Any], tuple[Any, Any]]:
+def _scanned(body: Body, unroll: int) -> Body:
     return lambda carry, xs: jax.lax.scan(body, carry, xs, unroll=unroll)
 
 

@@ -29,9 +29,12 @@ def known_outputs(fn: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]
         return [x for x, unknown in zip(outputs, depends, strict=True) if not unknown]
 
     values = iter(jax.jit(known)() if not all(depends) else ())
-    return tree.unflatten(
-        jax.ShapeDtypeStruct(x.shape, x.dtype) if unknown else next(values)
-        for x, unknown in zip(leaves, depends, strict=True)
+    return jax.tree.unflatten(
+        tree,
+        [
+            jax.ShapeDtypeStruct(x.shape, x.dtype) if unknown else next(values)
+            for x, unknown in zip(leaves, depends, strict=True)
+        ],
     )
 
 

@@ -22,6 +22,7 @@ from distaff.frontend.core.spmd import get_logical_axis_rules as get_logical_axi
 from distaff.frontend.core.spmd import logical_axis_rules as logical_axis_rules
 from distaff.frontend.core.spmd import set_logical_axis_rules as set_logical_axis_rules
 
+
 # What a dimension is before a rule has assigned it. None would say "replicated".
 class _Unassigned(enum.Enum):
     UNASSIGNED = "UnassignedAxis"

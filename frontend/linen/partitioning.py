@@ -1,4 +1,4 @@
-"""Logical axis names in collections of their own: the older way, which boxes (``nn.with_logical_partitioning``) replace.
+"""Logical axis names in collections of their own, the older way; ``nn.with_logical_partitioning`` is the newer.
 
 ``param_with_axes`` declares a parameter, and notes the names of its axes in the collection ``params_axes``, which
 ``get_axis_names`` turns into a tree of ``PartitionSpec`` like that of the parameters.
@@ -18,7 +18,13 @@ from distaff.frontend.core.spmd import get_logical_axis_rules as get_axis_rules
 from distaff.frontend.core.spmd import logical_axis_rules as axis_rules
 from distaff.frontend.core.spmd import set_logical_axis_rules as set_axis_rules
 from distaff.frontend.linen.context import context
-from distaff.frontend.sharding import LogicalRules, RulesFallback, is_logical_spec, logical_to_mesh, logical_to_mesh_axes
+from distaff.frontend.sharding import (
+    LogicalRules,
+    RulesFallback,
+    is_logical_spec,
+    logical_to_mesh,
+    logical_to_mesh_axes,
+)
 from distaff.frontend.sharding import with_logical_constraint as with_sharding_constraint
 from distaff.frontend.traverse_util import flatten_dict, unflatten_dict
 

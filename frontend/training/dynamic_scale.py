@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from distaff.frontend import struct
 
-_LARGEST = float(jnp.finfo(jnp.float32).max)
-_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
+_LARGEST = float(np.finfo(np.float32).max)
+_SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 class DynamicScaleResult(NamedTuple):

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import queue
+import collections
 import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any, Self
-
-
-class _End:
-    """The end of the data, or the error that ended it."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
 
 
 class PrefetchIterator:
@@ -27,52 +20,43 @@ class PrefetchIterator:
             "PrefetchIterator is deprecated; let the data loader read ahead.", DeprecationWarning, stacklevel=2
         )
         self.buffer_size = buffer_size
-        self._items: queue.Queue[Any] = queue.Queue(buffer_size)
-        self._end: _End | None = None
-        self._closed = threading.Event()
+        self._items: collections.deque[Any] = collections.deque()
+        self._reading = True
+        self._error: Exception | None = None
+        self._changed = threading.Condition()
         threading.Thread(target=self._read, args=(data_iter,), daemon=True).start()
 
     def _read(self, data_iter: Iterator[Any]) -> None:
+        error = None
         try:
             for item in data_iter:
-                if not self._put(item):
-                    return
-            self._put(_End())
-        except Exception as error:
-            self._put(_End(error))
-
-    def _put(self, item: Any) -> bool:
-        """Wait for room; False once the iterator is closed."""
-        while not self._closed.is_set():
-            try:
-                self._items.put(item, timeout=0.05)
-                return True
-            except queue.Full:
-                continue
-        return False
+                with self._changed:
+                    self._items.append(item)
+                    self._changed.notify_all()
+                    self._changed.wait_for(lambda: len(self._items) < self.buffer_size or not self._reading)
+                    if not self._reading:
+                        return
+        except Exception as raised:
+            error = raised
+        with self._changed:
+            self._error, self._reading = error, False
+            self._changed.notify_all()
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Any:
-        if self._end is None:
-            item = self._next_item()
-            if not isinstance(item, _End):
-                return item
-            self._end = item
-        if self._end.error is not None:
-            raise self._end.error
-        raise StopIteration
-
-    def _next_item(self) -> Any:
-        """The next item that was read; after ``close`` only those that are there already."""
-        while True:
-            try:
-                return self._items.get(timeout=0.05)
-            except queue.Empty:
-                if self._closed.is_set():
-                    return _End()
+        with self._changed:
+            self._changed.wait_for(lambda: self._items or not self._reading)
+            if self._items:
+                self._changed.notify_all()
+                return self._items.popleft()
+            if self._error is not None:
+                raise self._error
+            raise StopIteration
 
     def close(self) -> None:
         """Stop reading; items that were read can still be taken."""
-        self._closed.set()
+        with self._changed:
+            self._reading = False
+            self._changed.notify_all()

@@ -49,7 +49,9 @@ class TrainState(struct.PyTreeNode):
         return self.replace(step=self.step + 1, params=new_params, opt_state=opt_state, **kwargs)
 
     @classmethod
-    def create(cls, *, apply_fn: Callable[..., Any], params: Any, tx: optax.GradientTransformation, **kwargs: Any) -> Self:
+    def create(
+        cls, *, apply_fn: Callable[..., Any], params: Any, tx: optax.GradientTransformation, **kwargs: Any
+    ) -> Self:
         """The state at step 0, with a new ``opt_state``; ``kwargs`` are the fields of a subclass."""
         optimised = params["params"] if _overwrites(params) else params
         return cls(step=0, apply_fn=apply_fn, params=params, tx=tx, opt_state=tx.init(optimised), **kwargs)
