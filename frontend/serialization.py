@@ -43,7 +43,7 @@ class _Extension(enum.IntEnum):
 
 def to_bytes(target: Any) -> bytes:
     """The state dict of an object (a tree of variables, an optimizer state, a ``TrainState``) as bytes."""
-    return msgpack_serialize(to_state_dict(target))
+    return msgpack_serialize(to_state_dict(target), in_place=True)
 
 
 def from_bytes(target: Any, encoded_bytes: bytes) -> Any:
@@ -60,13 +60,14 @@ def msgpack_serialize(pytree: Any, in_place: bool = False) -> bytes:
 
     Args:
         pytree: the tree; other objects must go through ``to_bytes``.
-        in_place: accepted for compatibility; nothing is copied or changed either way.
+        in_place: keep the order of keys in dicts, instead of sorting them; nothing is changed either way.
 
     Raises:
         TypeError: the tree holds something else.
         ValueError: an array is of objects, of text or structured.
     """
-    encoded: bytes = msgpack.packb(_encodable(pytree), default=_pack_extension, strict_types=True)
+    tree = _encodable(pytree if in_place else jax.tree.map(lambda x: x, pytree))
+    encoded: bytes = msgpack.packb(tree, default=_pack_extension, strict_types=True)
     return encoded
 
 

@@ -1,7 +1,7 @@
 """The folder that checkpoints lie in: names, order, and which to delete.
 
 Invariant: at any moment, even if the process is killed, the folder holds the last checkpoint that was complete. A new
-one appears by an atomic rename; one that is to be replaced first steps aside (``checkpoint_5.previous``) and still counts
+one appears by an atomic rename; one that is to be replaced first steps aside (``checkpoint_5.previous``), and counts
 until its successor is there; old ones are deleted last.
 """
 
@@ -106,13 +106,16 @@ class CheckpointFolder:
 
         Nobody else may be saving here.
         """
-        for name in self._names():
-            if _UNFINISHED in name:
-                remove(os.path.join(self.folder, name))
+        self._remove_unfinished()
         path = self.path(step)
         if os.path.exists(path):
             remove(path + _PREVIOUS)
             os.rename(path, path + _PREVIOUS)
+
+    def _remove_unfinished(self) -> None:
+        for name in self._names():
+            if _UNFINISHED in name:
+                remove(os.path.join(self.folder, name))
 
     def write(self, step: object, content: bytes) -> None:
         """Save a checkpoint that is one file."""
@@ -125,6 +128,7 @@ class CheckpointFolder:
         if os.path.isdir(path):  # from Orbax; a folder cannot be replaced by a file
             self.make_room(step)
         os.replace(temporary, path)
+        self._remove_unfinished()
 
     def prune(self, newest: object, keep: int, overwrite: bool, keep_every_n_steps: int | None) -> None:
         """Delete old checkpoints: all but the last ``keep``, and with ``overwrite`` those after the step ``newest``.
@@ -152,8 +156,10 @@ class CheckpointFolder:
 
 
 def remove(path: str) -> None:
-    """Delete a file or a folder, if it is there."""
+    """Delete a file or a folder, if it is there; a folder that is half deleted has the name of an unfinished one."""
     if os.path.isdir(path):
-        shutil.rmtree(path)
+        doomed = path if _UNFINISHED in path else f"{path}{_UNFINISHED}-deleted"
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
     else:
         Path(path).unlink(missing_ok=True)
