@@ -100,7 +100,9 @@ def test_all_or_nothing_known():
     assert nothing == jax.ShapeDtypeStruct((3,), jnp.float32)
     everything = jax_utils.partial_eval_by_shape(lambda x: jnp.ones(x.shape), [(3,)])
     np.testing.assert_array_equal(everything, [1, 1, 1])
-    looped = jax_utils.partial_eval_by_shape(lambda x: jax.lax.fori_loop(0, 2, lambda _, c: (c[1], c[0]), (x, x * 0)), [()])
+    looped = jax_utils.partial_eval_by_shape(
+        lambda x: jax.lax.fori_loop(0, 2, lambda _, c: (c[1], c[0]), (x, x * 0)), [()]
+    )
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in looped)
 
 

@@ -150,7 +150,10 @@ def test_state_dicts_and_bytes_agree_with_flax(flax_serialization):
         assert restored["tuple"][1][1].label == "seen" and restored["box"].names == ("a", None)
         assert restored["partial"].func is max
     # Restoring takes leaves as they come: of the state, whatever the target has.
-    assert serialization.from_state_dict({"a": 1, "b": jnp.ones(2)}, {"a": "x", "b": 3, "more": 0}) == {"a": "x", "b": 3}
+    assert serialization.from_state_dict({"a": 1, "b": jnp.ones(2)}, {"a": "x", "b": 3, "more": 0}) == {
+        "a": "x",
+        "b": 3,
+    }
 
 
 MISFITS = [
