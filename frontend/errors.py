@@ -158,7 +158,7 @@ class InvalidCheckpointError(FlaxError):
     def __init__(self, path: str, step: object) -> None:
         super().__init__(
             f"Cannot save a checkpoint of step {step} at {path}: there is one of this step or a later one. Restore "
-            "that and go on from there, save in another folder, or pass overwrite=True to replace it and those after it."
+            "that and go on from there, save in another folder, or pass overwrite=True to replace it and all after it."
         )
 
 

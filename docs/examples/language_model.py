@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +43,8 @@ RULES = (("batch", "data"), ("heads", "model"), ("mlp", "model"), ("vocab", "mod
 
 # The model.
 
+Features = int | tuple[int, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -53,9 +56,7 @@ class Sizes:
     heads: int
 
 
-def linear(
-    features: int | tuple[int, ...], names: tuple[str, ...], axis: int | tuple[int, ...] = -1
-) -> nn.DenseGeneral:
+def linear(features: Features, names: tuple[str, ...], axis: Features = -1) -> nn.DenseGeneral:
     """A matrix product whose kernel's dimensions have logical names."""
     init = nn.with_logical_partitioning(nn.initializers.normal(0.05), names)
     return nn.DenseGeneral(features, axis=axis, use_bias=False, kernel_init=init)
@@ -195,16 +196,9 @@ class LossLog:
 
 
 def train(
-    state: TrainState,
-    tokens: np.ndarray,
-    mesh: Mesh,
-    output: Path,
-    steps: int,
-    batch: int,
-    length: int,
-    save_every: int,
+    state: TrainState, batch_at: Callable[[int], np.ndarray], mesh: Mesh, output: Path, steps: int, save_every: int
 ) -> tuple[TrainState, list[float]]:
-    """Trains up to step ``steps``, from the last checkpoint in ``output`` if there is one."""
+    """Trains on ``batch_at(step)`` up to step ``steps``, from the last checkpoint in ``output`` if there is one."""
     folder = output / "checkpoints"
     state = checkpoints.restore_checkpoint(folder, state)
     log = LossLog(output / "losses.csv", int(state.step))
@@ -215,7 +209,7 @@ def train(
         task = bar.add_task("", total=steps, completed=int(state.step))
         for step in range(int(state.step), steps):
             with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-                pieces = jax.device_put(batch_of(tokens, step, batch, length), split)
+                pieces = jax.device_put(batch_at(step), split)
                 state, loss = train_step(state, pieces)
             log.add(float(loss))
             bar.update(task, advance=1, description=f"loss {log.losses[-1]:.3f}")
@@ -272,7 +266,9 @@ def serve(model: LanguageModel, params: dict, output: Path, end: int, prompt: st
     whole = jnp.array([[*answer.prompt_token_ids, *served.token_ids]])
     best = jnp.argmax(model.apply({"params": params}, whole)[0], axis=-1)[len(answer.prompt_token_ids) - 1 : -1]
     same = best.tolist() == list(served.token_ids)
-    print(f"every served token is the argmax of the training module's logits: {'yes' if same else 'NO'}")
+    if not same:
+        raise SystemExit(f"served tokens {list(served.token_ids)} are not the training module's: {best.tolist()}")
+    print("every served token is the argmax of the training module's logits")
     print(f"serve it over HTTP: serve-model {artifact}")
 
 
@@ -307,7 +303,7 @@ def main(
     state = first_state(model, mesh, steps, rate, length)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     print(f"{len(ids)} tokens of text, {count} parameters, mesh {dict(mesh.shape)}")
-    state, losses = train(state, ids, mesh, output, steps, batch, length, save_every)
+    state, losses = train(state, lambda step: batch_of(ids, step, batch, length), mesh, output, steps, save_every)
     plot(losses, output / "loss.png")
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps; see {output / 'loss.png'}")
     if is_served:
