@@ -45,11 +45,12 @@ def evaluate_known(fn: Callable[..., Any], *args: Any) -> Any:
     ``jax.typeof``. Output leaves that depend on them are ``Unknown``.
     """
     leaves, args_tree = jax.tree.flatten(args)
+    tree: Any = args_tree
     out_tree: Any = None
 
     def flat(*leaves: Any) -> list[Any]:
         nonlocal out_tree
-        outputs, out_tree = jax.tree.flatten(fn(*args_tree.unflatten(leaves)))
+        outputs, out_tree = jax.tree.flatten(fn(*tree.unflatten(leaves)))
         return outputs
 
     about = jax.api_util.debug_info("evaluate_known", flat, tuple(leaves), {})

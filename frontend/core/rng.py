@@ -75,7 +75,7 @@ class KeyCounters:
 
     def flat(self) -> dict[tuple[str, ...], int]:
         """The counts by path: the names of the children, then the stream."""
-        counts = {(stream,): count for stream, count in self.drawn.items()}
+        counts: dict[tuple[str, ...], int] = {(stream,): count for stream, count in self.drawn.items()}
         for name, child in self.children.items():
             counts.update({(name, *path): count for path, count in child.flat().items()})
         return counts

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -105,7 +105,7 @@ class Scope:
             parent.root.adopted if parent else weakref.WeakValueDictionary()
         )
         # The JAX transform that the variables belong to.
-        self.trace_level = parent.trace_level if parent else tracers.current_trace()
+        self.trace_level: Hashable = parent.trace_level if parent else tracers.current_trace()
         self._invalid = False
 
     def __eq__(self, other: object) -> bool:

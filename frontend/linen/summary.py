@@ -175,7 +175,9 @@ def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _flops(call: _Call, gradient: bool = False) -> int:
     """The floating point operations of a call, or of its gradient, as XLA estimates them."""
-    leaves, tree = jax.tree.flatten((call.args, call.kwargs))
+    inputs = (call.args, call.kwargs)
+    leaves: list[Any] = jax.tree.leaves(inputs)
+    tree: Any = jax.tree.structure(inputs)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
 
     def run(start: Callable[..., Any], arrays: Sequence[Any]) -> Any:

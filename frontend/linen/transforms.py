@@ -528,6 +528,6 @@ def switch(
 
     def switch(*branches_and_operands: Any) -> C:
         of_scopes, (scope, *operands) = branches_and_operands[: len(branches)], branches_and_operands[len(branches) :]
-        return lift.switch(index, of_scopes, scope, *operands, variables=variables, rngs=rngs)
+        return lift.switch(index, of_scopes, scope, *operands, variables=variables, rngs=rngs)  # type: ignore[no-any-return]
 
     return lift_direct(switch, tuple(branches), mdl, *operands)  # type: ignore[no-any-return]

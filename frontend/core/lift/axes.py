@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from distaff.frontend.core import axes_scan, meta
 from distaff.frontend.core.filters import CollectionFilter
@@ -45,7 +46,7 @@ def _split_in_out(axes: Mapping[Any, Any]) -> tuple[Filters, Axes, Filters, Axes
 
 
 def _is_key(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def map_keys(fn: Callable[[Any], Any], groups: Any) -> Any:

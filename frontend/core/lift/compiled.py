@@ -76,7 +76,9 @@ def jit(
         tuple(number + 2 for number in ((numbers,) if isinstance(numbers, int) else numbers) if number > 0)
         for numbers in (static_argnums, donate_argnums)
     )
-    options = {name: value for name, value in (("device", device), ("backend", backend)) if value is not None}
+    options: dict[str, Any] = {
+        name: value for name, value in (("device", device), ("backend", backend)) if value is not None
+    }
     calls = Calls()
     draws: dict[Hashable, list[dict[tuple[str, ...], int]]] = {}
 

@@ -123,7 +123,8 @@ def jvp(
         The output and its tangent.
     """
     # A collection without variables counts as left out: JAX takes {"params": {}} for another tree than {}.
-    by_scope: list[Mapping[str, Any]] = jax.tree.structure(scope).flatten_up_to(variable_tangents)
+    tree: Any = jax.tree.structure(scope)
+    by_scope: list[Mapping[str, Any]] = tree.flatten_up_to(variable_tangents)
     moved = tuple({col: values for col, values in of_scope.items() if values} for of_scope in by_scope)
 
     def run(

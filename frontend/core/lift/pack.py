@@ -78,10 +78,13 @@ class Boundary:
         rng_filters: Sequence[CollectionFilter],
         name: str,
     ) -> None:
-        scopes, self._tree = jax.tree.flatten(scope_tree)
+        scopes: list[Scope] = jax.tree.leaves(scope_tree)
+        self._tree: Any = jax.tree.structure(scope_tree)
         self._scopes, self._places = outermost_scopes(scopes)
         self._out_filters = out_filters
-        self._mutable: CollectionFilter = functools.reduce(union_filters, out_filters, False)
+        self._mutable: CollectionFilter = False
+        for out_filter in out_filters:
+            self._mutable = union_filters(self._mutable, out_filter)
         self._name = name
         self.variable_groups = _by_filter([group_collections(scope.variables(), in_filters) for scope in self._scopes])
         self.rng_groups = _by_filter([group_collections(scope.rngs, rng_filters) for scope in self._scopes])
