@@ -5,6 +5,7 @@ The names and behaviour are those of ``flax.linen``; existing code runs after a 
 
 from distaff.frontend.core import DenyList as DenyList
 from distaff.frontend.core import FrozenDict as FrozenDict
+from distaff.frontend.core import broadcast as broadcast
 from distaff.frontend.core import meta as meta
 from distaff.frontend.core.meta import PARTITION_NAME as PARTITION_NAME
 from distaff.frontend.core.meta import Partitioned as Partitioned
@@ -49,6 +50,7 @@ from distaff.frontend.linen.attention import make_attention_mask as make_attenti
 from distaff.frontend.linen.attention import make_causal_mask as make_causal_mask
 from distaff.frontend.linen.batch_apply import BatchApply as BatchApply
 from distaff.frontend.linen.class_transform import compact as compact
+from distaff.frontend.linen.class_transform import compact_name_scope as compact_name_scope
 from distaff.frontend.linen.class_transform import nowrap as nowrap
 from distaff.frontend.linen.combinators import Sequential as Sequential
 from distaff.frontend.linen.context import disable_named_call as disable_named_call
@@ -94,6 +96,25 @@ from distaff.frontend.linen.recurrent_cells import OptimizedLSTMCell as Optimize
 from distaff.frontend.linen.recurrent_cells import RNNCellBase as RNNCellBase
 from distaff.frontend.linen.recurrent_cells import SimpleCell as SimpleCell
 from distaff.frontend.linen.stochastic import Dropout as Dropout
+from distaff.frontend.linen.summary import tabulate as tabulate
+from distaff.frontend.linen.transforms import add_metadata_axis as add_metadata_axis
+from distaff.frontend.linen.transforms import checkpoint as checkpoint
+from distaff.frontend.linen.transforms import cond as cond
+from distaff.frontend.linen.transforms import custom_vjp as custom_vjp
+from distaff.frontend.linen.transforms import fold_rngs as fold_rngs
+from distaff.frontend.linen.transforms import grad as grad
+from distaff.frontend.linen.transforms import jit as jit
+from distaff.frontend.linen.transforms import jvp as jvp
+from distaff.frontend.linen.transforms import map_variables as map_variables
+from distaff.frontend.linen.transforms import named_call as named_call
+from distaff.frontend.linen.transforms import remat as remat
+from distaff.frontend.linen.transforms import remat_scan as remat_scan
+from distaff.frontend.linen.transforms import scan as scan
+from distaff.frontend.linen.transforms import switch as switch
+from distaff.frontend.linen.transforms import value_and_grad as value_and_grad
+from distaff.frontend.linen.transforms import vjp as vjp
+from distaff.frontend.linen.transforms import vmap as vmap
+from distaff.frontend.linen.transforms import while_loop as while_loop
 from distaff.frontend.sharding import LogicallyPartitioned as LogicallyPartitioned
 from distaff.frontend.sharding import RulesFallback as RulesFallback
 from distaff.frontend.sharding import get_logical_axis_rules as get_logical_axis_rules
