@@ -88,6 +88,8 @@ from distaff.frontend.linen.pooling import avg_pool as avg_pool
 from distaff.frontend.linen.pooling import max_pool as max_pool
 from distaff.frontend.linen.pooling import min_pool as min_pool
 from distaff.frontend.linen.pooling import pool as pool
+from distaff.frontend.linen.recurrent import RNN as RNN
+from distaff.frontend.linen.recurrent import Bidirectional as Bidirectional
 from distaff.frontend.linen.recurrent_cells import ConvLSTMCell as ConvLSTMCell
 from distaff.frontend.linen.recurrent_cells import GRUCell as GRUCell
 from distaff.frontend.linen.recurrent_cells import LSTMCell as LSTMCell
@@ -115,6 +117,8 @@ from distaff.frontend.linen.transforms import value_and_grad as value_and_grad
 from distaff.frontend.linen.transforms import vjp as vjp
 from distaff.frontend.linen.transforms import vmap as vmap
 from distaff.frontend.linen.transforms import while_loop as while_loop
+from distaff.frontend.linen.weight_norms import SpectralNorm as SpectralNorm
+from distaff.frontend.linen.weight_norms import WeightNorm as WeightNorm
 from distaff.frontend.sharding import LogicallyPartitioned as LogicallyPartitioned
 from distaff.frontend.sharding import RulesFallback as RulesFallback
 from distaff.frontend.sharding import get_logical_axis_rules as get_logical_axis_rules
