@@ -27,6 +27,8 @@ from distaff.frontend.linen.class_transform import compact, nowrap
 from distaff.frontend.linen.dtypes import Array, Dtype, canonicalize_dtype
 from distaff.frontend.linen.fields import Axes, Initializer, axes_from_front
 from distaff.frontend.linen.module import Module, merge_param
+from distaff.frontend.linen.weight_norms import SpectralNorm as SpectralNorm
+from distaff.frontend.linen.weight_norms import WeightNorm as WeightNorm
 
 
 def _axes(axes: Axes, ndim: int) -> tuple[int, ...]:

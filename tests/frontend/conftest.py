@@ -33,7 +33,7 @@ def same_as_flax(flax_nn: ModuleType) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         ours, theirs = build(nn), build(flax_nn)
-        keys = rngs or {"params": jax.random.key(7)}
+        keys = rngs or {"params": jax.random.key(7, impl="unsafe_rbg")}
         variables = _compiled(lambda: ours.init(keys, *args, **kwargs))
         assert_same_tree(variables, _compiled(lambda: theirs.init(keys, *args, **kwargs)))
         apply_keys = {name: jax.random.fold_in(key, 1) for name, key in keys.items() if name != "params"}

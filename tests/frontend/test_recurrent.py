@@ -213,8 +213,8 @@ def test_rnn_with_dropout_in_its_cell(same_as_flax, split):
     assert np.all(masks == masks[:, :1]) != split
 
 
-def test_rnn_carries_and_stacks_collections(same_as_flax):
-    """A counter that each step counts up, and a memory for each step."""
+def test_rnn_carries_and_stacks_collections(flax_nn):
+    """A counter that each step counts up, and a memory for each step. Carried variables exist before, as for scan."""
 
     def build(nn):
         class Cell(nn.RNNCellBase):
@@ -237,8 +237,18 @@ def test_rnn_carries_and_stacks_collections(same_as_flax):
 
         return nn.RNN(Cell(), variable_axes={"memory": 0}, variable_carry="counts")
 
-    variables = same_as_flax(build, array((2, 4, 3)), mutable=["counts", "memory"], rtol=5e-6)
-    assert variables["memory"]["cell"]["last"].shape == (4, 2, 3)
+    x = array((2, 4, 3))
+    params = nn.Dense(3).init(jax.random.key(0), x)["params"]
+    variables = {
+        "params": {"cell": {"Dense_0": params}},
+        "counts": {"cell": {"steps": jnp.asarray(5)}},
+        "memory": {"cell": {"last": array((4, 2, 3), seed=1)}},
+    }
+    results = [build(library).apply(variables, x, mutable=["counts", "memory"]) for library in (nn, flax_nn)]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    y, updates = results[0]
+    assert updates["counts"]["cell"]["steps"] == 9
+    np.testing.assert_array_equal(updates["memory"]["cell"]["last"], jnp.swapaxes(y, 0, 1))
 
 
 def test_carry_of_padded_sequences_over_two_batch_axes():
