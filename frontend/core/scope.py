@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
 
 from distaff.frontend import errors
-from distaff.frontend.core import meta
+from distaff.frontend.core import meta, tracers
 from distaff.frontend.core.filters import CollectionFilter, in_filter
 from distaff.frontend.core.frozen_dict import FrozenDict
 from distaff.frontend.core.initializer_shapes import initializer_shapes
@@ -74,7 +74,7 @@ class Scope:
 
     __slots__ = (  # noqa: RUF023 (in the order of __init__)
         "_variables", "rngs", "name", "mutable", "parent", "path", "debug_path", "flags", "_root", "key_counters",
-        "reservations", "adopted", "_invalid", "__weakref__",
+        "reservations", "adopted", "trace_level", "_invalid", "__weakref__",
     )  # fmt: skip
 
     def __init__(
@@ -104,6 +104,8 @@ class Scope:
         self.adopted: weakref.WeakValueDictionary[int, Any] = (
             parent.root.adopted if parent else weakref.WeakValueDictionary()
         )
+        # The JAX transform that the variables belong to.
+        self.trace_level: Hashable = parent.trace_level if parent else tracers.current_trace()
         self._invalid = False
 
     def __eq__(self, other: object) -> bool:
@@ -161,6 +163,7 @@ class Scope:
             self._variables, self.rngs, self.name, self.mutable, self.parent, self.path, self.debug_path, self.flags
         )
         scope.adopted = self.adopted
+        scope.trace_level = self.trace_level
         if not rewind_rngs:
             scope.key_counters = self.key_counters
         return scope
@@ -282,10 +285,12 @@ class Scope:
 
         Raises:
             ModifyScopeVariableError: the collection is not mutable.
+            JaxTransformError: the value belongs to a JAX transform that was entered inside the module.
         """
         self._check_valid()
         if not self.is_mutable_collection(col):
             raise errors.ModifyScopeVariableError(col, name, self.path_text)
+        tracers.check_no_leak(value, self.trace_level, f"{col}/{name}", self.path_text)
         _put(self._mutable_collection(col), name, value)
 
     def variable(

@@ -9,9 +9,7 @@ import jax
 import optax
 
 from distaff.frontend import struct
-
-# The collection whose "gradients" are its new values (scales and histories of float8 products).
-OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
+from distaff.frontend.linen.fp8_ops import OVERWRITE_WITH_GRADIENT as OVERWRITE_WITH_GRADIENT
 
 
 class TrainState(struct.PyTreeNode):

@@ -33,26 +33,38 @@ def same_as_flax(flax_nn: ModuleType) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         ours, theirs = build(nn), build(flax_nn)
-        keys = rngs or {"params": jax.random.key(7)}
-        variables = ours.init(keys, *args, **kwargs)
-        assert_same_tree(variables, theirs.init(keys, *args, **kwargs))
+        keys = rngs or {"params": jax.random.key(7, impl="unsafe_rbg")}
+        variables = _compiled(lambda: ours.init(keys, *args, **kwargs))
+        assert_same_tree(variables, _compiled(lambda: theirs.init(keys, *args, **kwargs)))
         apply_keys = {name: jax.random.fold_in(key, 1) for name, key in keys.items() if name != "params"}
         # Away from the initial values, so that scales and biases count.
         moved = jax.tree.map(_moved, variables)
 
-        def run(module: Any, values: Any) -> Any:
-            return module.apply(values, *args, rngs=apply_keys, mutable=mutable, **kwargs)
+        def results(module: Any) -> Any:
+            def run(values: Any) -> Any:
+                output = module.apply(values, *args, rngs=apply_keys, mutable=mutable, **kwargs)
+                return _scalar(output[0] if mutable else output), output
 
-        assert_same_tree(run(ours, moved), run(theirs, moved), rtol=rtol)
-        if gradients and not mutable:
-            ours_gradient, theirs_gradient = (
-                jax.grad(lambda values, module=module: _scalar(run(module, values)), allow_int=True)(moved)
-                for module in (ours, theirs)
-            )
-            assert_same_tree(ours_gradient, theirs_gradient, rtol=100 * rtol)
+            if not gradients:
+                return _compiled(run, moved)[1], ()
+            (_, output), gradient = _compiled(jax.value_and_grad(run, has_aux=True, allow_int=True), moved)
+            return output, gradient
+
+        for mine, other, tolerance in zip(results(ours), results(theirs), (rtol, 100 * rtol), strict=True):
+            assert_same_tree(mine, other, rtol=tolerance)
         return variables
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def compiled() -> Callable[..., Any]:
+    """Call a function of arrays, compiled as fast as can be: programs of tests run once."""
+    return _compiled
+
+
+def _compiled(fn: Callable[..., Any], *args: Any) -> Any:
+    return jax.jit(fn).lower(*args).compile(compiler_options={"xla_backend_optimization_level": 0})(*args)
 
 
 def _moved(x: jax.Array) -> jax.Array:
