@@ -1,22 +1,28 @@
 """Logical axis names in collections of their own, the older way; ``nn.with_logical_partitioning`` is the newer.
 
 ``param_with_axes`` declares a parameter, and notes the names of its axes in the collection ``params_axes``, which
-``get_axis_names`` turns into a tree of ``PartitionSpec`` like that of the parameters.
+``get_axis_names`` turns into a tree of ``PartitionSpec`` like that of the parameters. ``scan_with_axes`` and
+``vmap_with_axes`` add the name of their axis to what is noted inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from distaff.frontend import errors, struct
+from distaff.frontend.core.filters import CollectionFilter, union_filters
 from distaff.frontend.core.frozen_dict import FrozenDict, freeze
+from distaff.frontend.core.lift.axes import In as ScanIn
+from distaff.frontend.core.lift.axes import InOutAxis, InOutScanAxis
+from distaff.frontend.core.lift.axes import Out as ScanOut
 from distaff.frontend.core.scope import Scope, Variable
 from distaff.frontend.core.spmd import get_logical_axis_rules as get_axis_rules
 from distaff.frontend.core.spmd import logical_axis_rules as axis_rules
 from distaff.frontend.core.spmd import set_logical_axis_rules as set_axis_rules
+from distaff.frontend.linen import transforms
 from distaff.frontend.linen.context import context
 from distaff.frontend.sharding import (
     LogicalRules,
@@ -36,14 +42,19 @@ __all__ = [
     "LogicalRules",
     "PartitionedVariable",
     "RulesFallback",
+    "ScanIn",
+    "ScanOut",
     "axis_rules",
     "get_axis_names",
     "get_axis_rules",
     "logical_to_mesh",
     "logical_to_mesh_axes",
     "param_with_axes",
+    "remat",
+    "scan_with_axes",
     "set_axis_rules",
     "variable_with_axes",
+    "vmap_with_axes",
     "with_sharding_constraint",
 ]
 
@@ -185,3 +196,128 @@ def get_axis_names(axes_metadata: Any) -> FrozenDict[Any, Any]:
         for path, noted in flatten_dict(axes_metadata).items()
     }
     return freeze(unflatten_dict(specs))
+
+
+def _with_named_axis(target: Any, collection: str, axis: Any, axis_name: str | None) -> Any:
+    """``target``, which has one more axis outside than inside, with that axis among the noted names outside only."""
+    position = getattr(axis, "axis", axis)
+
+    def insert(names: Any) -> Any:
+        return None if names is None else (*names[:position], axis_name, *names[position:])
+
+    def drop(names: Any) -> Any:
+        if names is None:
+            return None
+        if names[position] != axis_name:
+            raise ValueError(f"Axis {position} of {names} should be the transform's, {axis_name!r}.")
+        return names[:position] + names[position + 1 :]
+
+    def on_noted(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def change(noted: Any) -> Any:
+            if not isinstance(noted, AxisMetadata):
+                return noted
+            return AxisMetadata(jax.tree.map(fn, noted.names, is_leaf=is_logical_spec))
+
+        return lambda tree: jax.tree.map(change, tree, is_leaf=lambda x: isinstance(x, AxisMetadata))
+
+    module = context.module_stack[-1]
+    noted_in = f"{collection}_axes"
+    return transforms.map_variables(
+        target,
+        noted_in,
+        mutable=module is None or module.is_mutable_collection(noted_in),
+        trans_in_fn=on_noted(drop),
+        trans_out_fn=on_noted(insert),
+    )
+
+
+def scan_with_axes(
+    target: Any,
+    variable_axes: Mapping[Any, InOutScanAxis] | None = None,
+    variable_broadcast: CollectionFilter = False,
+    variable_carry: CollectionFilter = False,
+    split_rngs: Mapping[Any, bool] | None = None,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int = 1,
+    axis_name: str = "layers",
+    axes_collections: tuple[str, ...] = ("params",),
+    data_transform: Callable[..., Any] | None = None,
+    methods: Any = None,
+) -> Any:
+    """``nn.scan``, with ``axis_name`` for the axis that variables of ``axes_collections`` get; see there."""
+    scanned = transforms.scan(
+        target,
+        variable_axes=variable_axes,
+        variable_broadcast=union_filters(variable_broadcast, tuple(f"{col}_axes" for col in axes_collections)),
+        variable_carry=variable_carry,
+        split_rngs=split_rngs,
+        in_axes=in_axes,
+        out_axes=out_axes,
+        length=length,
+        reverse=reverse,
+        unroll=unroll,
+        data_transform=data_transform,
+        methods=methods,
+    )
+    for col in axes_collections:
+        if col in (variable_axes or {}):
+            scanned = _with_named_axis(scanned, col, (variable_axes or {})[col], axis_name)
+    return scanned
+
+
+def vmap_with_axes(
+    target: Any,
+    variable_axes: Mapping[Any, InOutAxis],
+    split_rngs: Mapping[Any, bool] | None = None,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    axis_size: int | None = None,
+    axis_name: str | None = None,
+    partitioning_axis_names: Mapping[Any, str] | None = None,
+    spmd_axis_name: str | None = None,
+    methods: Any = None,
+) -> Any:
+    """``nn.vmap``, with a name in ``partitioning_axis_names`` for the axis that a collection gets; see there."""
+    names = partitioning_axis_names or {}
+    mapped = transforms.vmap(
+        target,
+        variable_axes={**variable_axes, **{f"{col}_axes": None for col in names}},
+        split_rngs=split_rngs or {},
+        in_axes=in_axes,
+        out_axes=out_axes,
+        axis_size=axis_size,
+        axis_name=axis_name,
+        spmd_axis_name=spmd_axis_name,
+        methods=methods,
+    )
+    for col, axis in variable_axes.items():
+        if col in names:
+            mapped = _with_named_axis(mapped, col, axis, names[col])
+    return mapped
+
+
+def remat(
+    target: Any,
+    variables: CollectionFilter = True,
+    rngs: CollectionFilter = True,
+    concrete: bool = False,
+    prevent_cse: bool = True,
+    static_argnums: int | Iterable[int] = (),
+    policy: Callable[..., bool] | None = None,
+    methods: Any = None,
+) -> Any:
+    """``nn.remat``, with ``static_argnums`` that do not count the module: 0 is the argument after it."""
+    static = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
+    return transforms.remat(
+        target,
+        variables=variables,
+        rngs=rngs,
+        concrete=concrete,
+        prevent_cse=prevent_cse,
+        static_argnums=tuple(number + 1 for number in static),
+        policy=policy,
+        methods=methods,
+    )

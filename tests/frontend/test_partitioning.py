@@ -153,3 +153,70 @@ def test_values_are_laid_out(mesh):
     with pytest.raises(ValueError, match="all Auto or all Explicit"):
         spmd.shard_value(X, ("embed", None), rules, mixed)
     np.testing.assert_array_equal(X, 1)
+
+
+def stacked(nn, partitioning, kind):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, scale):
+            init = nn.initializers.normal()
+            w = partitioning.param_with_axes("w", init, (x.shape[-1], 4), axes=("embed", "mlp"))
+            tree = partitioning.param_with_axes("t", lambda key: {"a": jnp.ones(4)}, axes=None)
+            seen = partitioning.variable_with_axes("stats", "seen", lambda: jnp.zeros(4), axes=("mlp",))
+            y = jnp.tanh(x @ w * tree["a"]) * (2.0 if scale else 1.0)
+            if self.is_mutable_collection("stats"):
+                seen.value = seen.value + y.sum(0)
+            return y, None
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = partitioning.remat(Layer, static_argnums=(1,)) if kind == "remat" else Layer
+            if kind == "vmap":
+                return partitioning.vmap_with_axes(
+                    layer,
+                    variable_axes={"params": 0, "stats": 1},
+                    split_rngs={"params": True},
+                    in_axes=(0, None),
+                    out_axes=(0, None),
+                    partitioning_axis_names={"params": "experts", "stats": "experts"},
+                )()(x, True)[0]
+            if kind == "scan":
+                return partitioning.scan_with_axes(
+                    layer,
+                    variable_axes={"params": 1, "stats": 0},
+                    split_rngs={"params": True},
+                    in_axes=(nn.broadcast,),
+                    length=3,
+                    axes_collections=("params", "stats"),
+                )()(x, True)[0]
+            return layer()(x, True)[0]
+
+    return Model()
+
+
+STACKED_SPECS = {
+    "scan": (P("embed", "layers", "mlp"), P("layers", "mlp")),
+    "vmap": (P("experts", "embed", "mlp"), P("mlp", "experts")),
+    "remat": (P("embed", "mlp"), P("mlp")),
+}
+
+
+@pytest.mark.parametrize("kind", STACKED_SPECS)
+def test_transforms_name_their_axis(flax_modules, kind):
+    flax_nn, flax_partitioning, _ = flax_modules
+    found = []
+    for library, names in ((nn, partitioning), (flax_nn, flax_partitioning)):
+        module = stacked(library, names, kind)
+        variables = module.init(KEY, X)
+        layer = next(iter(variables["params"]))
+        specs = [
+            names.get_axis_names(variables[f"{col}_axes"])[layer][name]
+            for col, name in (("params", "w"), ("stats", "seen"))
+        ]
+        assert tuple(specs) == STACKED_SPECS[kind]
+        arrays = {col: variables[col] for col in ("params", "stats")}
+        y, updates = module.apply(variables, X, mutable=["stats"])
+        gradient = jax.grad(lambda p, m=module, v=variables: m.apply({**v, "params": p}, X).sum())(variables["params"])
+        found.append([arrays, y, updates["stats"], gradient])
+    assert_trees_equal(*found, rtol=1e-6)
