@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from distaff.frontend import errors, struct
+from distaff.frontend.core import lift
 from distaff.frontend.core.filters import CollectionFilter, union_filters
 from distaff.frontend.core.frozen_dict import FrozenDict, freeze
 from distaff.frontend.core.lift.axes import In as ScanIn
@@ -24,6 +25,7 @@ from distaff.frontend.core.spmd import logical_axis_rules as axis_rules
 from distaff.frontend.core.spmd import set_logical_axis_rules as set_axis_rules
 from distaff.frontend.linen import transforms
 from distaff.frontend.linen.context import context
+from distaff.frontend.linen.lifting import lift_transform
 from distaff.frontend.sharding import (
     LogicalRules,
     RulesFallback,
@@ -45,6 +47,7 @@ __all__ = [
     "ScanIn",
     "ScanOut",
     "axis_rules",
+    "core_remat_static",
     "get_axis_names",
     "get_axis_rules",
     "logical_to_mesh",
@@ -299,6 +302,20 @@ def vmap_with_axes(
     return mapped
 
 
+def core_remat_static(
+    fn: Callable[..., Any],
+    variables: CollectionFilter = True,
+    rngs: CollectionFilter = True,
+    concrete: bool = False,
+    prevent_cse: bool = True,
+    static_argnums: int | Iterable[int] = (),
+    policy: Callable[..., bool] | None = None,
+) -> Callable[..., Any]:
+    """``core.lift.remat`` of a function of a scope, by the name that Flax gives to rematerialised modules here."""
+    static = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
+    return lift.remat(fn, variables, rngs, concrete, prevent_cse, static, policy)
+
+
 def remat(
     target: Any,
     variables: CollectionFilter = True,
@@ -310,14 +327,14 @@ def remat(
     methods: Any = None,
 ) -> Any:
     """``nn.remat``, with ``static_argnums`` that do not count the module: 0 is the argument after it."""
-    static = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
-    return transforms.remat(
+    return lift_transform(
+        core_remat_static,
         target,
+        methods=methods,
         variables=variables,
         rngs=rngs,
         concrete=concrete,
         prevent_cse=prevent_cse,
-        static_argnums=tuple(number + 1 for number in static),
+        static_argnums=static_argnums,
         policy=policy,
-        methods=methods,
     )

@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from example_scripts import EXAMPLES, load_example, run_example
 
-EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "language_model.py"
+from distaff.runtime import LLM, SamplingParams
+
+EXAMPLE = EXAMPLES / "language_model.py"
 STEPS = 24
 TINY = f"--steps {STEPS} --width 16 --layers 2 --heads 2 --vocab 300 --length 16 --batch 8 --rate 0.02 --save-every 4"
 
@@ -42,7 +44,7 @@ def losses(output):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     output = tmp_path_factory.mktemp("one") / "device"
-    return output, finish(start(output, "--tokens", "12"))
+    return output, run_example("language_model", "--output", str(output), *TINY.split(), "--tokens", "12")
 
 
 def test_it_learns_and_says_so(trained):
@@ -60,19 +62,14 @@ def test_the_served_text_is_the_argmax_of_the_trained_module(trained):
     output, said = trained
     assert "argmax of the training module's logits" in said
     # The same again, from the files alone.
-    runtime = pytest.importorskip("distaff.runtime")
-    example = __import__("importlib.util", fromlist=["util"])
-    spec = example.spec_from_file_location("language_model", EXAMPLE)
-    module = example.module_from_spec(spec)
-    sys.modules["language_model"] = module
-    spec.loader.exec_module(module)
+    module = load_example("language_model")
     params = module.checkpoints.restore_checkpoint(output / "checkpoints", None)["params"]
     params = {"params": unboxed(params)}
     vocab = json.loads((output / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
     model = module.LanguageModel(module.Sizes(len(vocab), 16, 2, 2))
     prompts = ["Alice was", "The Queen of Hearts"]
-    answers = runtime.LLM(output / "artifact").generate(
-        prompts, runtime.SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True), use_tqdm=False
+    answers = LLM(output / "artifact").generate(
+        prompts, SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True), use_tqdm=False
     )
     for answer in answers:
         sequence = list(answer.prompt_token_ids)

@@ -6,7 +6,7 @@ import typing
 import pytest
 
 MODULES = [
-    "core.spmd", "jax_utils", "linen.spmd", "serialization", "struct", "training.checkpoints",
+    "core.spmd", "jax_utils", "linen.partitioning", "linen.spmd", "serialization", "struct", "training.checkpoints",
     "training.common_utils", "training.dynamic_scale", "training.early_stopping", "training.lr_schedule",
     "training.orbax_utils", "training.prefetch_iterator", "training.train_state", "traverse_util",
 ]  # fmt: skip
