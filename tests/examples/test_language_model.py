@@ -17,7 +17,7 @@ from distaff.runtime import LLM, SamplingParams
 
 EXAMPLE = EXAMPLES / "language_model.py"
 STEPS = 24
-TINY = f"--steps {STEPS} --width 16 --layers 2 --heads 2 --vocab 300 --length 16 --batch 8 --rate 0.02 --save-every 4"
+TINY = f"--steps {STEPS} --width 16 --layers 1 --heads 2 --vocab 300 --length 16 --batch 8 --rate 0.02 --save-every 4"
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
@@ -66,7 +66,7 @@ def test_the_served_text_is_the_argmax_of_the_trained_module(trained):
     params = module.checkpoints.restore_checkpoint(output / "checkpoints", None)["params"]
     params = {"params": unboxed(params)}
     vocab = json.loads((output / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
-    model = module.LanguageModel(module.Sizes(len(vocab), 16, 2, 2))
+    model = module.LanguageModel(module.Sizes(len(vocab), 16, 1, 2))
     prompts = ["Alice was", "The Queen of Hearts"]
     answers = LLM(output / "artifact").generate(
         prompts, SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True), use_tqdm=False
