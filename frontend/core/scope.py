@@ -19,7 +19,7 @@ from distaff.frontend import errors
 from distaff.frontend.core import meta, tracers
 from distaff.frontend.core.filters import CollectionFilter, in_filter
 from distaff.frontend.core.frozen_dict import FrozenDict
-from distaff.frontend.core.initializer_shapes import initializer_shapes
+from distaff.frontend.core.initializer_shapes import ignores_key, initializer_shapes
 from distaff.frontend.core.rng import KeyCounters, LazyRng, PRNGKey
 
 T = TypeVar("T")
@@ -335,7 +335,8 @@ class Scope:
                 if self.is_collection_empty("params"):
                     raise errors.ScopeCollectionNotFound("params", name, self.path_text)
                 raise errors.ScopeParamNotFoundError(name, self.path_text)
-            value = init_fn(self.make_rng("params"), *init_args, **init_kwargs)
+            key = self.make_rng("params", needed=not ignores_key(init_fn))
+            value = init_fn(key, *init_args, **init_kwargs)
             self.put_variable("params", name, value)
         return meta.unbox(value) if unbox else value
 
@@ -350,8 +351,10 @@ class Scope:
         """Whether a random stream of this name was given."""
         return name in self.rngs
 
-    def make_rng(self, name: str = "params") -> PRNGKey:
+    def make_rng(self, name: str = "params", needed: bool = True) -> PRNGKey:
         """A new key from the stream, or from ``params`` if there is no such stream.
+
+        If it is not ``needed``, the draw counts and the key is that of the stream, which costs less.
 
         Raises:
             InvalidRngError: neither was given.
@@ -363,7 +366,9 @@ class Scope:
                 f'model.apply(variables, x, rngs={{"{name}": jax.random.key(0)}}).'
             )
         self._check_valid()
-        return LazyRng.create(self.rngs[stream], self.key_counters.next(stream)).as_jax_rng()
+        count = self.key_counters.next(stream)
+        rng = self.rngs[stream]
+        return LazyRng.create(rng, count).as_jax_rng() if needed else rng.rng
 
     def has_flag(self, key: str) -> bool:
         """Whether an internal mark is set."""

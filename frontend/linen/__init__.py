@@ -79,7 +79,6 @@ from distaff.frontend.linen.linear import Einsum as Einsum
 from distaff.frontend.linen.linear import Embed as Embed
 from distaff.frontend.linen.module import Module as Module
 from distaff.frontend.linen.module import merge_param as merge_param
-from distaff.frontend.linen.module import share_scope as share_scope
 from distaff.frontend.linen.normalization import BatchNorm as BatchNorm
 from distaff.frontend.linen.normalization import GroupNorm as GroupNorm
 from distaff.frontend.linen.normalization import InstanceNorm as InstanceNorm
@@ -98,6 +97,7 @@ from distaff.frontend.linen.recurrent_cells import MGUCell as MGUCell
 from distaff.frontend.linen.recurrent_cells import OptimizedLSTMCell as OptimizedLSTMCell
 from distaff.frontend.linen.recurrent_cells import RNNCellBase as RNNCellBase
 from distaff.frontend.linen.recurrent_cells import SimpleCell as SimpleCell
+from distaff.frontend.linen.sharing import share_scope as share_scope
 from distaff.frontend.linen.stochastic import Dropout as Dropout
 from distaff.frontend.linen.summary import tabulate as tabulate
 from distaff.frontend.linen.transforms import add_metadata_axis as add_metadata_axis

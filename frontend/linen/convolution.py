@@ -198,9 +198,9 @@ class ConvLocal(_Convolution):
         if self.feature_group_count != 1:
             raise NotImplementedError(f"ConvLocal has no feature groups, got {self.feature_group_count=}.")
         channels = inputs.shape[-1]
-        kernel = jax.ShapeDtypeStruct((*kernel_size, channels, self.features), inputs.dtype)
+        shared = jax.ShapeDtypeStruct((*kernel_size, channels, self.features), inputs.dtype)
         operation = self._operation()
-        out_shape = jax.eval_shape(lambda lhs, rhs: operation(lhs=lhs, rhs=rhs, **window), inputs, kernel).shape[1:]
+        out_shape = jax.eval_shape(lambda lhs, rhs: operation(lhs=lhs, rhs=rhs, **window), inputs, shared).shape[1:]
         kernel_shape = (*out_shape[:-1], math.prod(kernel_size) * channels, self.features)
         kernel, bias = _kernel_and_bias(self, kernel_shape, out_shape)
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)

@@ -85,7 +85,7 @@ def update_fp8_meta(x: Array, q_dtype: Dtype, scale: Array, amax_history: Array)
     scale = compute_scale(jnp.max(amax_history, axis=0), scale, get_fp8_max(q_dtype, jnp.float32))
     amax_history = compute_amax_history(x, amax_history)
     if is_max_grad:
-        return lax.convert_element_type(scale, fm32), lax.convert_element_type(amax_history, fm32)  # type: ignore[call-overload]
+        return lax.convert_element_type(scale, fm32), lax.convert_element_type(amax_history, fm32)
     return scale, amax_history
 
 
@@ -126,7 +126,7 @@ def out_qdq(compute_dtype: Dtype, q_dtype: Dtype, out: Array, scale: Array, amax
 
 out_qdq.defvjp(
     lambda compute_dtype, q_dtype, out, *meta: (out, meta),
-    lambda compute_dtype, q_dtype, meta, g: quantize_dequantize_update(g, q_dtype, *meta, compute_dtype),
+    lambda compute_dtype, q_dtype, meta, g: quantize_dequantize_update(g, q_dtype, meta[0], meta[1], compute_dtype),
 )
 
 

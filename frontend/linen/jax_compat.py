@@ -7,7 +7,7 @@ of the frontend that touches private names of JAX.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from jax import lax
@@ -42,19 +42,17 @@ class _Rules:
     def add(dtype: MaxGradDtype, x: Any, y: Any) -> Any:
         """Joins two gradients."""
         floats = [lax.convert_element_type(gradient, dtype.float_dtype) for gradient in (x, y)]
-        return lax.convert_element_type(lax.max(*floats), dtype)  # type: ignore[call-overload]
+        return lax.convert_element_type(lax.max(*floats), dtype)
 
     @staticmethod
     def zero(dtype: MaxGradDtype) -> Any:
         """What ``add`` leaves the other of."""
-        return lax.convert_element_type(np.array(-np.inf, dtype.float_dtype), dtype)  # type: ignore[call-overload]
+        return lax.convert_element_type(np.array(-np.inf, dtype.float_dtype), dtype)
 
     @staticmethod
     def full(shape: tuple[int, ...], fill_value: Any, dtype: MaxGradDtype) -> Any:
         fill_value = lax.convert_element_type(fill_value, dtype.float_dtype)
-        return lax.convert_element_type(  # type: ignore[call-overload]
-            lax.full(shape, fill_value, dtype.float_dtype), dtype
-        )
+        return lax.convert_element_type(lax.full(shape, fill_value, dtype.float_dtype), dtype)
 
     @staticmethod
     def global_sharded_result_handler(aval: Any, out_sharding: Any, committed: bool) -> Any:
@@ -69,8 +67,8 @@ class MaxGradDtype(dtypes.ExtendedDType):
     """``float_dtype``, to and from which it can be converted, but with gradients joined by their maximum."""
 
     float_dtype: Any
-    _rules: ClassVar[Any] = _Rules
-    type: ClassVar[Any] = max_grad_dtype
+    _rules = _Rules
+    type = max_grad_dtype
 
     def __repr__(self) -> str:
         return self.name

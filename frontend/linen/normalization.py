@@ -59,17 +59,9 @@ def _means(
 
 
 def _mean_and_variance(
-    layer: Any,
-    x: Array,
-    axes: tuple[int, ...],
-    mask: Array | None,
-    axis_name: str | None,
-    subtract_mean: bool = True,
-) -> tuple[Array | None, Array]:
-    """The statistics over ``axes``; without ``subtract_mean`` None and the mean square."""
+    layer: Any, x: Array, axes: tuple[int, ...], mask: Array | None, axis_name: str | None
+) -> tuple[Array, Array]:
     x = _for_statistics(layer, x)
-    if not subtract_mean:
-        return None, _means(layer, [_abs_sq(x)], axes, mask, axis_name)[0]
     if layer.use_fast_variance:
         mean, mean_square = _means(layer, [x, _abs_sq(x)], axes, mask, axis_name)
         return mean, jnp.maximum(0.0, mean_square - _abs_sq(mean))
@@ -116,8 +108,11 @@ def _normalized(
     subtract_mean: bool = True,
 ) -> Array:
     """``x``, normalised by its own statistics over ``reduction_axes``."""
-    mean, var = _mean_and_variance(layer, x, reduction_axes, mask, layer.axis_name, subtract_mean)
-    return _normalize(layer, x, mean, var, reduction_axes, feature_axes)
+    if subtract_mean:
+        mean, var = _mean_and_variance(layer, x, reduction_axes, mask, layer.axis_name)
+        return _normalize(layer, x, mean, var, reduction_axes, feature_axes)
+    (mean_square,) = _means(layer, [_abs_sq(_for_statistics(layer, x))], reduction_axes, mask, layer.axis_name)
+    return _normalize(layer, x, None, mean_square, reduction_axes, feature_axes)
 
 
 class LayerNorm(Module):

@@ -73,7 +73,7 @@ class _VectorCell(RNNCellBase):
     def _layers(self, hidden: Array) -> tuple[Callable[..., Dense], Callable[..., Dense]]:
         """Makers of the layers for the input and for the carry ``hidden``, without biases unless they are told."""
         of_cell = {"dtype": self.dtype, "param_dtype": self.param_dtype, "use_bias": False}
-        make = functools.partial(Dense, hidden.shape[-1], **of_cell)  # type: ignore[arg-type]
+        make = functools.partial(Dense, hidden.shape[-1], **of_cell)
         return (
             functools.partial(make, kernel_init=self.kernel_init),
             functools.partial(make, kernel_init=self.recurrent_kernel_init),

@@ -303,4 +303,4 @@ def _variables_text(variables: Any, size_and_bytes: tuple[int, int]) -> str:
 
 def _boxed_text(x: Any) -> Any:
     """A variable in a metadata box as text: its type, and the names of its axes."""
-    return f"{array_text(x.value)} [dim]P[/dim]{x.names}" if isinstance(x, Partitioned) else x
+    return f"{array_text(x.value)} [dim]P[/dim]({', '.join(map(str, x.names))})" if isinstance(x, Partitioned) else x

@@ -28,6 +28,9 @@ def _call_with(
     """The output of the wrapped layer with each parameter, named by its path from the wrapper, normalised."""
     layer = wrapper.layer_instance
 
+    def run(layer: Any) -> Any:
+        return layer(*args, **kwargs)
+
     def normalized(variables: Any) -> Any:
         def at_path(path: tuple[Any, ...], value: Any) -> Array:
             below = jax.tree_util.keystr(path[1:], simple=True, separator="/")
@@ -35,13 +38,8 @@ def _call_with(
 
         return jax.tree_util.tree_map_with_path(at_path, variables)
 
-    call = transforms.map_variables(
-        lambda layer: layer(*args, **kwargs),
-        trans_in_fn=normalized,
-        init=wrapper.is_initializing(),
-        mutable=mutable,
-    )
-    return call(layer)
+    mapped = transforms.map_variables(run, trans_in_fn=normalized, init=wrapper.is_initializing(), mutable=mutable)
+    return mapped(layer)
 
 
 def _unit_norm(x: Array, axis: tuple[int, ...] | None, epsilon: float) -> Array:

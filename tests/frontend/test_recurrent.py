@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from distaff.frontend import linen as nn
 from distaff.frontend.linen import recurrent
 
-few = settings(max_examples=6, deadline=None)
+few = settings(max_examples=5, deadline=None)
 VECTOR_CELLS = ["SimpleCell", "GRUCell", "MGUCell", "LSTMCell", "OptimizedLSTMCell"]
 
 
@@ -24,7 +24,7 @@ def carry_like(cell, x):
     return jax.tree.map(lambda c: c + array(c.shape, c.dtype, seed=3) / 2, carry)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     kind=st.sampled_from(VECTOR_CELLS),
     dtype=st.sampled_from([None, "bfloat16"]),
@@ -139,7 +139,7 @@ def test_flip_sequences(batch, time_major, lengths, features):
     np.testing.assert_allclose(flipped[counted], expected[counted], rtol=1e-6)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     kind=st.sampled_from(VECTOR_CELLS),
     batch=st.sampled_from([(), (3,), (2, 3)]),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from distaff.frontend import linen as nn
 
-few = settings(max_examples=6, deadline=None)
+few = settings(max_examples=4, deadline=None)
 
 
 def array(shape, dtype="float32", seed=0):
@@ -57,12 +57,12 @@ def test_spectral_norm(same_as_flax, steps, dtype, param_dtype, update, deep):
 
 
 def test_spectral_norm_converges_to_the_largest_singular_value():
-    layer = nn.SpectralNorm(nn.Dense(6, use_bias=False), n_steps=1)
+    layer = nn.SpectralNorm(nn.Dense(6, use_bias=False), n_steps=10)
     x = array((2, 5))
     variables = layer.init(jax.random.key(0), x, update_stats=False)
     kernel = 3 * array((5, 6), seed=1)
     variables = {"params": {"layer_instance": {"kernel": kernel}}, "batch_stats": variables["batch_stats"]}
-    for _ in range(100):
+    for _ in range(10):  # each call goes on where the one before stopped
         y, updates = layer.apply(variables, x, update_stats=True, mutable=["batch_stats"])
         variables = {**variables, **updates}
     largest = np.linalg.svd(np.asarray(kernel, np.float64), compute_uv=False)[0]
