@@ -36,8 +36,8 @@ $(PY):
 
 INSTALL = $(PY) -m pip install -q --no-build-isolation -e
 
-$(VENV)/.run: pyproject.toml | $(PY)
-	$(PY) -m pip install -q scikit-build-core
+$(VENV)/.run: pyproject.toml CMakeLists.txt $(wildcard kernels/native/*.cc kernels/native/*.h) | $(PY)
+	$(PY) -m pip install -q scikit-build-core cmake ninja "jaxlib>=0.10,<0.13"
 	$(INSTALL) ".[serve,gguf,hub]"
 	touch $@
 

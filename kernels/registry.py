@@ -1,7 +1,8 @@
 """Which implementation of a fused operation serves a call, and why the others do not.
 
 An operation is a folder here and an implementation is a file in it that calls `register` when it is imported; the
-files of a folder are imported when the operation is first looked up. So a new platform or format is one new file.
+files of a folder are imported when the operation is first looked up. So a new platform or format is one new file. A
+folder may hold more operations on the same things, named ``folder.operation``.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def _candidates(operation: str) -> Collection[Implementation]:
 @functools.cache
 def _import_files(operation: str) -> None:
     """Imports every file in the operation's folder, so that each can register itself."""
-    name = f"{_PACKAGE}.{operation}"
+    name = f"{_PACKAGE}.{operation.partition('.')[0]}"
     try:
         folder = importlib.import_module(name)
     except ModuleNotFoundError as error:

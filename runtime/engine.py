@@ -24,17 +24,14 @@ from distaff.runtime.model_runner import ModelRunner
 from distaff.runtime.outputs import RequestOutput
 from distaff.runtime.request import Request, RequestStatus
 from distaff.runtime.request_check import ModelLimits
-from distaff.runtime.sampling_params import SamplingParams
+from distaff.runtime.sampling_params import SamplingParams, SamplingParamsError
 from distaff.runtime.scheduler import LeakError, Scheduler
 from distaff.runtime.stats import StatLogger, StepStats
 from distaff.runtime.step_executor import StepExecutor, StepResult
 from distaff.runtime.step_plan import RequestUpdate, StepPlan
 from distaff.runtime.tokenizer import Tokenizer
 
-_INVALID_LOGITS = (
-    "no token could be sampled: the model's logits are not finite, or logit_bias, allowed_token_ids and min_tokens "
-    "together allow no token"
-)
+_INVALID_LOGITS = "no token could be sampled: the model's logits are not finite"
 
 
 class Engine:
@@ -98,7 +95,9 @@ class Engine:
         self._last_step = StepStats()
         # Less than the configured length if the pool has no room for that.
         self.max_model_len = self._scheduler.max_len
-        self._limits = ModelLimits(self.manifest.vocab_size, self.max_model_len, max_logprobs, tokenizer is not None)
+        self._limits = ModelLimits(
+            self.manifest.vocab_size, self.max_model_len, max_logprobs, tokenizer is not None, self._eos_token_ids
+        )
         if config.warm_up:
             self._executor.warm_up()
 
@@ -179,6 +178,8 @@ class Engine:
         limit, places = self.config.max_waiting, self._scheduler.config.max_num_seqs
         if limit is None:
             return
+        if count > places + limit:
+            raise SamplingParamsError("n", f"is {count}, but only {places} can run and {limit} wait (max_waiting)")
         waiting = self._num_waiting()
         # Some of those in the queue only wait for the next step.
         starting = min(waiting + count, places - len(self._scheduler.running))

@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 CANDIDATES = 128
 INVALID_TOKEN = -1  # sampled where a row's logits are NaN or infinite, or where masks leave no token
 _BLOCK = 256
 _INFINITY = 0x7F800000  # the bits of float32 infinity
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class SamplingRows(NamedTuple):
@@ -87,7 +89,9 @@ def sample_with_state(logits: jax.Array, rows: SamplingRows, state: SamplerState
     too_early = state.ends[row] & (position < min_tokens)[:, None]
     changed = jnp.where(too_early, -jnp.inf, logits + state.bias[row])
     seen = state.in_prompt[row] | (counts > 0)
-    changed = jnp.where(seen, jnp.where(changed > 0, changed / repetition, changed * repetition), changed)
+    penalised = jnp.where(changed > 0, changed / repetition, changed * repetition)
+    # An extreme penalty must not make a logit infinite; what is masked stays masked.
+    changed = jnp.where(seen & (changed > -jnp.inf), jnp.clip(penalised, -_LARGEST, _LARGEST), changed)
     changed -= frequency * counts + presence * (counts > 0)
     tokens = jnp.where(_is_healthy(logits), sample_random(changed, rows), INVALID_TOKEN)
     counted = jnp.where(tokens == INVALID_TOKEN, state.output_counts.shape[0], row)

@@ -72,7 +72,7 @@ _NEXT = {
 class Request:
     """A request of one completion (``n`` is fanned out before).
 
-    ``priority``: lower is served first. ``arrival_time`` and ``deadline`` are seconds of one clock, the engine's.
+    ``priority``: lower is served first. ``arrival_time`` is in seconds of the engine's clock.
     ``eos_token_ids`` end the output unless ``ignore_eos``. The fields below are kept by the scheduler.
     """
 
@@ -85,7 +85,6 @@ class Request:
     cache_salt: str | None = None
     lora: LoRAKey | None = None
     media: tuple[MediaKey, ...] = ()
-    deadline: float | None = None
 
     status: RequestStatus = RequestStatus.WAITING
     # The stop token id or stop string that ended it; None for the end of sequence.

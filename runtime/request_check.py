@@ -17,6 +17,7 @@ class ModelLimits:
     max_model_len: int
     max_logprobs: int
     has_tokenizer: bool
+    eos_token_ids: frozenset[int] = frozenset()
 
     def check_prompt(self, token_ids: Sequence[int], params: SamplingParams) -> list[int]:
         """The prompt, cut to its last ``truncate_prompt_tokens``; raises `PromptError` if it cannot be served."""
@@ -41,6 +42,11 @@ class ModelLimits:
         params.check_model(self.vocab_size, self.max_logprobs)
         if params.stop and not self.has_tokenizer:
             raise SamplingParamsError("stop", "needs the output's text, but this artifact has no tokenizer")
+        ends = self.eos_token_ids.union(params.stop_token_ids)
+        if params.min_tokens and params.allowed_token_ids is not None and ends.issuperset(params.allowed_token_ids):
+            raise SamplingParamsError(
+                "min_tokens", f"is {params.min_tokens}, but each of allowed_token_ids ends the output; allow one more"
+            )
         return dataclasses.replace(
             params,
             logprobs=self.vocab_size if params.logprobs == -1 else params.logprobs,

@@ -26,6 +26,7 @@ from distaff.runtime.request import Request
 from distaff.runtime.sampling_params import SamplingParams
 
 _ALL_BITS = 2**64 - 1
+_FLOAT32 = np.finfo(np.float32)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -101,7 +102,9 @@ class Sampler:
         self._methods[row] = method_of(p)
         sharpness, top_p, min_p = (0.0, 1.0, 0.0) if p.is_greedy else (1 / p.temperature, p.top_p, p.min_p)
         log_min_p = math.log(min_p) if min_p > 0 else -math.inf
-        penalties = (p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
+        # As a normal float32: zero and infinity would turn logits into NaN.
+        repetition = min(max(p.repetition_penalty, float(_FLOAT32.tiny)), float(_FLOAT32.max))
+        penalties = (p.presence_penalty, p.frequency_penalty, repetition)
         self._floats[row] = (sharpness, top_p, log_min_p, *penalties, 0)
         self._ints[row, 1:] = (0, p.top_k if not p.is_greedy and 0 < p.top_k < self._vocab_size else 0, p.min_tokens)
         self._seeds[row] = seed & _ALL_BITS

@@ -26,7 +26,6 @@ from distaff.runtime.step_plan import RequestUpdate, ScheduledRequest, StepDraft
 __all__ = [
     "LeakError",
     "PrefixCacheStats",
-    "QueueFullError",
     "RequestUpdate",
     "ScheduledRequest",
     "Scheduler",
@@ -38,10 +37,6 @@ __all__ = [
 
 POLICIES = ("fcfs", "priority")
 _BY_RANK = attrgetter("rank")
-
-
-class QueueFullError(Exception):
-    """As many requests wait as may (``max_waiting``)."""
 
 
 class StepOrderError(RuntimeError):
@@ -68,7 +63,6 @@ class SchedulerConfig:
     long_prefill_token_threshold: int = 0
     policy: str = "fcfs"
     enable_chunked_prefill: bool = True
-    max_waiting: int | None = None
     watermark: float = 0.01
     max_steps_in_flight: int = 1
 
@@ -79,7 +73,6 @@ class SchedulerConfig:
             ("max_num_samples", self.max_num_seqs, ", a row of logits for each of max_num_seqs requests"),
             ("max_model_len", 2, ""),
             ("long_prefill_token_threshold", 0, ""),
-            ("max_waiting", 1, ""),
             ("max_steps_in_flight", 1, ""),
         ):
             value = getattr(self, name)
@@ -153,7 +146,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queues a new request, which may still wait for its grammar or remote KV.
 
-        Raises `PromptError` if it can never be served, `DuplicateRequestError` and `QueueFullError`.
+        Raises `PromptError` if it can never be served, and `DuplicateRequestError`.
         """
         if request.request_id in self._requests:
             raise DuplicateRequestError(f"request id {request.request_id!r} is in use; choose another")
@@ -163,8 +156,6 @@ class Scheduler:
                 f"generated, at most {self.max_len - 1} (max_model_len {self.config.max_model_len}, KV pool of "
                 f"{self.pool.num_pages - 1} pages of {self.pool.page_size} tokens)"
             )
-        if self.num_free_places == 0:
-            raise QueueFullError(f"{len(self.waiting)} requests wait, which is the limit (max_waiting)")
         self._arrivals += 1
         by_priority = self.config.policy == "priority"
         own = (request.priority, request.arrival_time, request.request_id)
@@ -188,13 +179,6 @@ class Scheduler:
         _remove(queue, request)
         self._retire(request)
         return request
-
-    def expire(self, now: float) -> list[Request]:
-        """Aborts and returns the requests whose deadline has come."""
-        late = [r for r in self._requests.values() if r.deadline is not None and r.deadline <= now]
-        for request in late:
-            self.finish(request.request_id, RequestStatus.FINISHED_ABORTED)
-        return late
 
     def _retire(self, request: Request) -> None:
         del self._requests[request.request_id]
@@ -388,11 +372,6 @@ class Scheduler:
     def num_steps_in_flight(self) -> int:
         """Steps that were scheduled and not yet updated."""
         return self._scheduled_step - self._updated_step
-
-    @property
-    def num_free_places(self) -> int | None:
-        """How many more requests may wait; None for any number."""
-        return None if self.config.max_waiting is None else max(0, self.config.max_waiting - len(self.waiting))
 
     def stats(self) -> SchedulerStats:
         """A snapshot."""

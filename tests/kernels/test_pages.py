@@ -51,9 +51,9 @@ def test_values_are_cast_to_the_pool():
 
 
 def one_layer(layer, x, k_pages, v_pages, batch):
-    k_pages = write_pages(k_pages, layer, batch.slots, x[:, :KV])
-    v_pages = write_pages(v_pages, layer, batch.slots, 2 * x[:, :KV])
-    return x + paged_attention(AttentionSpec(0.1), x, k_pages, v_pages, layer, batch), k_pages, v_pages
+    k, v = x[:, :KV], 2 * x[:, :KV]
+    output, *pools = paged_attention(AttentionSpec(0.1), x, k, v, k_pages, v_pages, layer, batch)
+    return x + output, *pools
 
 
 def unrolled(k_pages, v_pages, x, batch):

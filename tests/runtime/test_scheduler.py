@@ -4,7 +4,7 @@ from distaff.runtime.errors import DuplicateRequestError, EngineConfigError, Pro
 from distaff.runtime.kv_pool import KVPool
 from distaff.runtime.request import Request, RequestStatus
 from distaff.runtime.sampling_params import SamplingParams
-from distaff.runtime.scheduler import LeakError, QueueFullError, Scheduler, SchedulerConfig, StepOrderError
+from distaff.runtime.scheduler import LeakError, Scheduler, SchedulerConfig, StepOrderError
 
 PS = 4
 ABORTED = RequestStatus.FINISHED_ABORTED
@@ -551,19 +551,12 @@ def test_the_longest_prompt_that_fits_is_served():
         assert a.status is RequestStatus.FINISHED_LENGTH_CAPPED
 
 
-def test_duplicate_ids_and_full_queues_are_refused():
-    scheduler = make(max_waiting=2)
-    assert scheduler.num_free_places == 2
+def test_duplicate_ids_are_refused():
+    scheduler = make()
     add(scheduler, ask("a"))
     with pytest.raises(DuplicateRequestError, match="'a'"):
         scheduler.add(ask("a"))
-    add(scheduler, ask("b"))
-    with pytest.raises(QueueFullError, match="2 requests wait"):
-        scheduler.add(ask("c"))
-    assert [request.request_id for request in scheduler.waiting] == ["a", "b"]
-    step(scheduler)
-    add(scheduler, ask("c"))
-    assert scheduler.num_free_places == 1
+    assert [request.request_id for request in scheduler.waiting] == ["a"]
 
 
 def test_missing_tokens_are_refused_before_anything_changes():
@@ -577,24 +570,6 @@ def test_missing_tokens_are_refused_before_anything_changes():
     scheduler.finish("b", RequestStatus.FINISHED_ERROR)
     (update,) = scheduler.update(plan, {"a": [7]})
     assert update.request is a and b.output_token_ids == []
-
-
-def test_deadlines_abort_in_every_state():
-    scheduler = make(max_num_seqs=2)
-    names = add(
-        scheduler,
-        ask("a", deadline=2.0),
-        ask("b"),
-        ask("c", deadline=1.0),
-        ask("d", deadline=2.0),
-        ask("e", deadline=3),
-    )
-    step(scheduler)
-    assert scheduler.expire(0.5) == []
-    assert scheduler.expire(2.0) == [names[0], names[2], names[3]]
-    assert all(names[i].status is ABORTED for i in (0, 2, 3))
-    assert scheduler.expire(2.0) == []
-    assert [name for name, *_ in step(scheduler)] == ["b", "e"]
 
 
 def test_rows_say_who_was_admitted():
@@ -617,7 +592,6 @@ def test_rows_say_who_was_admitted():
         ({"max_num_batched_tokens": 7}, "max_num_batched_tokens is 7; it must be at least 8"),
         ({"max_num_samples": 7}, "max_num_samples is 7; it must be at least 8"),
         ({"max_model_len": 1}, "max_model_len is 1"),
-        ({"max_waiting": 0}, "max_waiting is 0"),
         ({"policy": "lottery"}, "fcfs, priority"),
         ({"watermark": 1.0}, "watermark is 1.0"),
         ({"enable_chunked_prefill": False, "max_model_len": 65}, "without chunked prefill"),

@@ -1,0 +1,32 @@
+"""Products with packed weight matrices in float32, bfloat16, int8 and int4, and what is fused with them."""
+
+from distaff.kernels.matmul.formats import WeightFormat, WeightFormatError
+from distaff.kernels.matmul.gguf_blocks import pack_gguf, split_gguf
+from distaff.kernels.matmul.operation import MatmulSpec, call_attributes, embed_rows, matmul
+from distaff.kernels.matmul.packing import (
+    PackedWeight,
+    interleave_gated,
+    pack,
+    pack_blocks,
+    packed_shapes,
+    unpack,
+)
+from distaff.kernels.matmul.quantise import UnquantisableError
+
+__all__ = [
+    "MatmulSpec",
+    "PackedWeight",
+    "UnquantisableError",
+    "WeightFormat",
+    "WeightFormatError",
+    "call_attributes",
+    "embed_rows",
+    "interleave_gated",
+    "matmul",
+    "pack",
+    "pack_blocks",
+    "pack_gguf",
+    "packed_shapes",
+    "split_gguf",
+    "unpack",
+]

@@ -1,0 +1,72 @@
+"""Matmul on CPUs: the native kernels, behind `jax.ffi` (kernels/native/matmul.h)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from distaff.kernels import native
+from distaff.kernels.matmul.formats import STEP_ROWS
+from distaff.kernels.matmul.operation import ACTIVATIONS, INT8_MOST_ROWS, MatmulSpec
+from distaff.kernels.registry import Attributes, register
+
+_TARGETS = {"matmul": "distaff_matmul", "matmul.embed_rows": "distaff_embed_rows"}
+_NORM_WEIGHT, _BIAS, _RESIDUAL, _LIVE = 1, 2, 4, 8  # bits of the attribute `operands`
+
+
+def _refuses(attributes: Attributes) -> str | None:
+    if not set(_TARGETS.values()) <= native.register():
+        return "was not built with this installation"
+    spec: MatmulSpec = attributes["spec"]
+    if spec.format.kind == "int8" and not spec.format.group and spec.rows > INT8_MOST_ROWS:
+        return f"takes at most {INT8_MOST_ROWS} rows of an int8 weight without groups"
+    return None
+
+
+@register("matmul", "native", platforms=("cpu",), priority=10, refuses=_refuses)
+def matmul(
+    spec: MatmulSpec,
+    x: jax.Array,
+    arrays: tuple[jax.Array, ...],
+    norm_weight: jax.Array | None,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    live: jax.Array | None,
+) -> jax.Array:
+    """`distaff.kernels.matmul.matmul`."""
+    optional = {_NORM_WEIGHT: norm_weight, _BIAS: bias, _RESIDUAL: residual, _LIVE: live}
+    given = {bit: array for bit, array in optional.items() if array is not None}
+    call = jax.ffi.ffi_call(
+        _TARGETS["matmul"], jax.ShapeDtypeStruct((x.shape[0], spec.out_columns), np.float32), vmap_method="sequential"
+    )
+    return call(
+        x,
+        *arrays,
+        *given.values(),
+        **_weight_attributes(spec),
+        operands=np.int32(sum(given)),
+        epsilon=np.float32(spec.norm_eps or 0),
+        activation=np.int32(0 if spec.activation is None else 1 + ACTIVATIONS.index(spec.activation)),
+        gated=spec.gated,
+        int8_activations=spec.activations == "int8",
+    )
+
+
+@register("matmul.embed_rows", "native", platforms=("cpu",), priority=10, refuses=_refuses)
+def embed_rows(spec: MatmulSpec, arrays: tuple[jax.Array, ...], tokens: jax.Array) -> jax.Array:
+    """`distaff.kernels.matmul.embed_rows`."""
+    shape = jax.ShapeDtypeStruct((tokens.shape[0], spec.rows), np.float32)
+    call = jax.ffi.ffi_call(_TARGETS["matmul.embed_rows"], shape, vmap_method="sequential")
+    return call(tokens, *arrays, **_weight_attributes(spec))
+
+
+def _weight_attributes(spec: MatmulSpec) -> dict[str, Any]:
+    return {
+        "rows": np.int64(spec.rows),
+        "columns": np.int64(spec.columns),
+        "kind": np.int32(list(STEP_ROWS).index(spec.format.kind)),
+        "group": np.int32(spec.format.group),
+        "offsets": spec.format.offsets,
+    }

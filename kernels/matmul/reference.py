@@ -1,0 +1,57 @@
+"""Matmul in plain jnp and float32, for every platform: what the other implementations are compared with."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from distaff.kernels.matmul.operation import MatmulSpec
+from distaff.kernels.matmul.packing import LANES, unpack_arrays
+from distaff.kernels.registry import register
+
+_ACTIVATIONS = {
+    None: lambda x: x,
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+}
+
+
+@register("matmul", "reference", priority=-10)
+def matmul(
+    spec: MatmulSpec,
+    x: jax.Array,
+    arrays: tuple[jax.Array, ...],
+    norm_weight: jax.Array | None,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    live: jax.Array | None,
+) -> jax.Array:
+    """`distaff.kernels.matmul.matmul`; computes padding too."""
+    x = x.astype(jnp.float32)
+    if norm_weight is not None:
+        x = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + spec.norm_eps) * norm_weight
+    activate = _ACTIVATIONS[spec.activation]
+    packed_columns = arrays[0].shape[0] * LANES if spec.gated else spec.columns
+    weight = unpack_arrays(arrays, spec.format, spec.rows, packed_columns, jnp)
+    product = x @ weight
+    if bias is not None:
+        product += bias
+    if spec.gated:
+        gate, up = jnp.moveaxis(product.reshape(x.shape[0], -1, 2, LANES), 2, 0)
+        product = (activate(gate) * up).reshape(x.shape[0], -1)[:, : spec.out_columns]
+    else:
+        product = activate(product)
+    return product if residual is None else product + residual
+
+
+@register("matmul.embed_rows", "reference", priority=-10)
+def embed_rows(spec: MatmulSpec, arrays: tuple[jax.Array, ...], tokens: jax.Array) -> jax.Array:
+    """`distaff.kernels.matmul.embed_rows`."""
+    tokens = jnp.clip(tokens, 0, spec.columns - 1)
+    panels = tuple(array[tokens // LANES] for array in arrays)  # of each token its own panel
+    columns = unpack_arrays(panels, spec.format, spec.rows, tokens.shape[0] * LANES, jnp)
+    columns = columns.reshape(spec.rows, -1, LANES)
+    return jnp.take_along_axis(columns, (tokens % LANES)[None, :, None], 2)[..., 0].T

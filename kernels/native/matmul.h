@@ -1,0 +1,107 @@
+// A product of activations with a packed weight matrix, and all that is computed in the same pass over memory:
+//
+//   out = activation(normalise(x) W + bias) + residual
+//
+// W [K, N] lies in panels of 16 columns. In a panel K runs outside and the columns inside, so that 64 bytes (a *step*)
+// meet 4 bytes of a row of x:
+//
+//   float32   [panel][K][16]            1 row of W a step
+//   bfloat16  [panel][K/2][16][2]       2 rows
+//   int8      [panel][K/4][16][4]       4 rows, as unsigned bytes q + 128
+//   int4      [panel][K/8][16][4]       8 rows, the first four in the low nibbles
+//
+// These are the orders that dot-product instructions and AMX tiles read. Quantised weights are scale * (q - zero) +
+// offset, with a scale for every column, or (float16) for every column and group of rows of W.
+#pragma once
+
+#include <cstdint>
+
+// Inline functions of headers that files for different processors share: no copy may be left for the linker to choose.
+#define DISTAFF_INLINE __attribute__((always_inline)) inline
+
+namespace distaff {
+
+enum class WeightKind : int32_t { kFloat32, kBfloat16, kInt8, kInt4 };
+enum class Activation : int32_t { kNone, kSilu, kGeluTanh, kGelu, kRelu };
+
+constexpr int64_t kLanes = 16;       // columns in a panel
+constexpr int64_t kStepBytes = 64;   // of a panel
+
+struct WeightMatrix {
+  WeightKind kind;
+  int64_t rows, columns;  // K and N, without padding
+  int64_t group;          // rows of W that share a scale; 0: all
+  const uint8_t* values;
+  const float* column_scales;     // [panels, 16], if quantised with group 0
+  const uint16_t* group_scales;   // float16 [panels, groups, 16], if quantised with a group
+  const uint16_t* group_offsets;  // likewise, or null
+
+  DISTAFF_INLINE bool quantised() const { return kind == WeightKind::kInt8 || kind == WeightKind::kInt4; }
+  DISTAFF_INLINE int64_t step_rows() const { return int64_t{1} << static_cast<int>(kind); }
+  DISTAFF_INLINE int64_t padded_rows() const {
+    const int64_t unit = group > 0 ? group : step_rows();
+    return (rows + unit - 1) / unit * unit;
+  }
+  DISTAFF_INLINE int64_t groups() const { return group > 0 ? padded_rows() / group : 1; }
+  DISTAFF_INLINE int64_t panel_bytes() const { return padded_rows() / step_rows() * kStepBytes; }
+  // What is stored for the integer 0.
+  DISTAFF_INLINE int32_t zero() const { return kind == WeightKind::kInt8 ? 128 : group_offsets == nullptr ? 8 : 0; }
+};
+
+// Rows of x as the micro-kernels read them: normalised, in the dtype of the product, padded with zeros.
+struct Activations {
+  enum class Kind { kFloat32, kBfloat16, kInt8 } kind;
+  uint8_t* values;
+  int64_t stride;  // bytes from row to row
+  // For int8, [M, groups] each: the scale, -zero times the sum of the integers, and scale times that sum.
+  float* scales;
+  int32_t* shifts;
+  float* sums;
+};
+
+struct Matmul {
+  int64_t m;
+  WeightMatrix weight;
+  const void* x;  // [M, K], float32 or bfloat16
+  bool x_is_bf16;
+  const float* norm_weight;  // [K], or null: no RMS norm
+  float norm_epsilon;
+  const float* bias;  // null, or [N], in the order of the packed columns
+  Activation activation;
+  // Panels alternate between gate and up columns, and the result is activation(gate) * up.
+  bool gated;
+  const float* residual;  // [M, out_columns], or null
+  float* out;             // [M, out_columns]
+  Activations activations;
+
+  DISTAFF_INLINE int64_t out_columns() const { return gated ? weight.columns / 2 : weight.columns; }
+  DISTAFF_INLINE int64_t panels() const { return (out_columns() + kLanes - 1) / kLanes * (gated ? 2 : 1); }
+  // Whether quantised weights are made float32 again, instead of x int8.
+  DISTAFF_INLINE bool widens() const { return weight.quantised() && activations.kind == Activations::Kind::kFloat32; }
+};
+
+// A part of the result: rows of x and panels of W (from an even one to an even one if gated).
+struct Block {
+  int64_t row_begin, row_end, panel_begin, panel_end;
+};
+
+// What is compiled once for each processor level.
+struct MatmulKernels {
+  // Fills one row of the activations; `scratch` holds prepare_floats().
+  void (*prepare)(const Matmul&, int64_t row, float* scratch);
+  // Computes a block of the result; `scratch` holds block_floats() and is 64-byte aligned.
+  void (*block)(const Matmul&, const Block&, float* scratch);
+};
+
+extern const MatmulKernels kMatmulGeneric, kMatmulAvx2, kMatmulAvx512, kMatmulAvx512Vnni, kMatmulAvx512Bf16;
+
+constexpr int64_t kWidenedRows = 128, kWidenedPanels = 4;  // of W, made float32 at a time
+
+DISTAFF_INLINE int64_t prepare_floats(const Matmul& call) {
+  return (call.weight.padded_rows() + kLanes - 1) / kLanes * kLanes;
+}
+DISTAFF_INLINE int64_t block_floats(const Matmul& call, int64_t rows, int64_t panels) {
+  return (rows * panels + (call.widens() ? kWidenedRows * kWidenedPanels : 0)) * kLanes;
+}
+
+}  // namespace distaff

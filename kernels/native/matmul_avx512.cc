@@ -1,0 +1,12 @@
+// The kernels of matmul (and of its roofline) for AVX-512.
+#if defined(__x86_64__)
+#include "simd_avx512.h"
+// `Simd` comes first.
+#include "matmul_kernels.h"
+#include "roofline_kernels.h"
+
+namespace distaff {
+const MatmulKernels kMatmulAvx512 = kMatmul;
+const RooflineKernels kRooflineAvx512 = kRoofline;
+}  // namespace distaff
+#endif

@@ -1,0 +1,60 @@
+// The FFI target distaff_roofline: runs one of the loops of roofline.h on all threads. The result is only there so that
+// the work is done; benchmarks take its time.
+#include <algorithm>
+#include <atomic>
+
+#include "cpu.h"
+#include "parallel.h"
+#include "registry.h"
+#include "roofline.h"
+
+namespace distaff {
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+const RooflineKernels& roofline_kernels(CpuLevel level) {
+#if defined(__x86_64__)
+  if (level >= CpuLevel::kAvx512Bf16) return kRooflineAvx512Bf16;
+  if (level == CpuLevel::kAvx512Vnni) return kRooflineAvx512Vnni;
+  if (level == CpuLevel::kAvx512) return kRooflineAvx512;
+  if (level == CpuLevel::kAvx2) return kRooflineAvx2;
+#endif
+  (void)level;
+  return kRooflineGeneric;
+}
+
+// Reads `data` if rounds is 0, or else multiplies.
+ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer data, ffi::Result<ffi::Buffer<ffi::F32>> out, int32_t kind,
+               int64_t rounds) {
+  if (kind < 0 || kind > 2 || rounds < 0 || out->element_count() != 1) {
+    return ffi::Error::InvalidArgument("distaff_roofline: kind is 0 to 2, rounds not negative, the result one float32");
+  }
+  const RooflineKernels& kernels = roofline_kernels(cpu_level());
+  const auto* bytes = static_cast<const uint8_t*>(data.untyped_data());
+  const int64_t size = static_cast<int64_t>(data.size_bytes()) / 256 * 256;
+  constexpr int64_t kChunk = 256 * 1024, kRoundsAtOnce = 4096;
+  const int64_t chunks = (rounds > 0 ? rounds + kRoundsAtOnce - 1 : size + kChunk - 1) / (rounds > 0 ? kRoundsAtOnce : kChunk);
+  std::atomic<float> total{0};
+  Threads(pool).run(chunks, [&](int64_t i) {
+    const float found = rounds > 0 ? kernels.multiply(kind, std::min(kRoundsAtOnce, rounds - i * kRoundsAtOnce), 3.0f)
+                                   : kernels.read(bytes + i * kChunk, std::min(kChunk, size - i * kChunk));
+    total.fetch_add(found, std::memory_order_relaxed);
+  });
+  out->typed_data()[0] = total;
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(distaff_roofline, run,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int32_t>("kind")
+                                  .Attr<int64_t>("rounds"));
+DISTAFF_REGISTER(distaff_roofline);
+
+}  // namespace distaff

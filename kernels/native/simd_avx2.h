@@ -1,0 +1,158 @@
+// Sixteen lanes in two AVX2 registers; FMA and F16C as well.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace distaff {
+namespace {
+
+struct Simd {
+  struct F {  // 16 float32
+    __m256 low, high;
+  };
+  struct I {  // 16 int32, or what else 64 bytes hold
+    __m256i low, high;
+  };
+
+  // The largest tile of a product that stays in registers: rows x panels of 16 columns.
+  static constexpr int kRows = 6, kPanels = 1;
+
+  static F zero() { return all(0); }
+  static F all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+  static F load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+  static F load_first(const float* from, int64_t count) {
+    float padded[16] = {};
+    __builtin_memcpy(padded, from, count * sizeof(float));
+    return load(padded);
+  }
+  static F load_bf16(const uint16_t* from) { return {bf16(from), bf16(from + 8)}; }
+  static F load_half(const uint16_t* from) {
+    return {_mm256_cvtph_ps(load_128(from)), _mm256_cvtph_ps(load_128(from + 8))};
+  }
+  static void store(float* to, F a) {
+    _mm256_storeu_ps(to, a.low);
+    _mm256_storeu_ps(to + 8, a.high);
+  }
+  static void store_first(float* to, F a, int64_t count) {
+    float padded[16];
+    store(padded, a);
+    __builtin_memcpy(to, padded, count * sizeof(float));
+  }
+  static void store_bf16(uint16_t* to, F a) {
+    const __m256i packed = _mm256_packus_epi32(rounded(a.low), rounded(a.high));  // packs within halves
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0b11011000));
+  }
+  static void store_int8(int8_t* to, I a) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.low, a.high), 0b11011000);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+  }
+
+  static F add(F a, F b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+  static F sub(F a, F b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+  static F mul(F a, F b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+  static F div(F a, F b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+  static F min(F a, F b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
+  static F max(F a, F b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+  static F abs(F a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
+  }
+  static F fma(F a, F b, F c) {  // a * b + c
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+  }
+  static F with_sign_of(F a, F sign) {  // of an `a` that is not negative
+    const __m256 mask = _mm256_set1_ps(-0.0f);
+    return {_mm256_or_ps(a.low, _mm256_and_ps(sign.low, mask)), _mm256_or_ps(a.high, _mm256_and_ps(sign.high, mask))};
+  }
+  static float sum(F a) {
+    const __m256 both = _mm256_add_ps(a.low, a.high);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
+  static float largest(F a) {
+    const __m256 both = _mm256_max_ps(a.low, a.high);
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+  }
+
+  static I int_zero() { return int_all(0); }
+  static I int_all(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
+  static I int_add(I a, I b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+  static int32_t int_sum(I a) {
+    const __m256i both = _mm256_add_epi32(a.low, a.high);
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0b01001110));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0b10110001)));
+  }
+  static F to_float(I a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+  static I nearest(F a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }  // |a| < 2^22
+  static F times_power_of_two(F a, I n) {
+    const auto scale = [](__m256 x, __m256i by) {
+      return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(by, 23)));
+    };
+    return {scale(a.low, n.low), scale(a.high, n.high)};
+  }
+
+  static I load_64(const void* from) {
+    const auto* halves = static_cast<const __m256i*>(from);
+    return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+  }
+  static I repeat_4(const void* from) {
+    int32_t value;
+    __builtin_memcpy(&value, from, 4);
+    return int_all(value);
+  }
+  static I low_nibbles(I a) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(a.low, mask), _mm256_and_si256(a.high, mask)};
+  }
+  static I high_nibbles(I a) { return low_nibbles({_mm256_srli_epi16(a.low, 4), _mm256_srli_epi16(a.high, 4)}); }
+  template <int kByte>
+  static F unsigned_byte(I a) {
+    const __m256i mask = _mm256_set1_epi32(255);
+    return to_float({_mm256_and_si256(_mm256_srli_epi32(a.low, 8 * kByte), mask),
+                     _mm256_and_si256(_mm256_srli_epi32(a.high, 8 * kByte), mask)});
+  }
+
+  // acc[j] += w[2j] x[2j] + w[2j+1] x[2j+1], bfloat16.
+  static F dot_2(F acc, I w, I x) { return fma(odd(w), odd(x), fma(even(w), even(x), acc)); }
+
+  // acc[j] += the sum over four bytes of w (unsigned) * x (signed); in 16 bits, where nothing saturates.
+  static I dot_4(I acc, I w, I x) {
+    const auto dot = [](__m256i sum, __m256i u, __m256i s) {
+      const __m256i even_s = _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8);
+      const __m256i evens = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)), even_s);
+      const __m256i odds = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
+      return _mm256_add_epi32(sum, _mm256_add_epi32(evens, odds));
+    };
+    return {dot(acc.low, w.low, x.low), dot(acc.high, w.high, x.high)};
+  }
+
+  static void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
+
+ private:
+  static __m128i load_128(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
+  static __m256 bf16(const uint16_t* from) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(from)), 16));
+  }
+  static __m256i rounded(__m256 a) {  // to bfloat16, nearest or even
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff))), 16);
+  }
+  static F even(I a) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(a.low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(a.high, 16))};
+  }
+  static F odd(I a) {
+    const __m256i mask = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
+    return {_mm256_castsi256_ps(_mm256_and_si256(a.low, mask)), _mm256_castsi256_ps(_mm256_and_si256(a.high, mask))};
+  }
+};
+
+}  // namespace
+}  // namespace distaff

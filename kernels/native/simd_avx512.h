@@ -1,0 +1,116 @@
+// Sixteen lanes in one AVX-512 register. What VNNI and BF16 add is used where the file that includes this is compiled
+// for them, and imitated exactly otherwise.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace distaff {
+namespace {
+
+struct Simd {
+  using F = __m512;   // 16 float32
+  using I = __m512i;  // 16 int32, or what else 64 bytes hold
+
+  // The largest tile of a product that stays in registers: rows x panels of 16 columns.
+  static constexpr int kRows = 6, kPanels = 4;
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F all(float value) { return _mm512_set1_ps(value); }
+  static F load(const float* from) { return _mm512_loadu_ps(from); }
+  static F load_first(const float* from, int64_t count) { return _mm512_maskz_loadu_ps(first(count), from); }
+  static F load_bf16(const uint16_t* from) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_256(from)), 16));
+  }
+  static F load_half(const uint16_t* from) { return _mm512_cvtph_ps(load_256(from)); }
+  static void store(float* to, F a) { _mm512_storeu_ps(to, a); }
+  static void store_first(float* to, F a, int64_t count) { _mm512_mask_storeu_ps(to, first(count), a); }
+  static void store_bf16(uint16_t* to, F a) {
+#ifdef __AVX512BF16__
+    store_256(to, (__m256i)_mm512_cvtneps_pbh(a));
+#else
+    const I bits = _mm512_castps_si512(a);
+    const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const I rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    store_256(to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+#endif
+  }
+  static void store_int8(int8_t* to, I a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a));
+  }
+
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F abs(F a) { return _mm512_abs_ps(a); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }  // a * b + c
+  static F with_sign_of(F a, F sign) {
+    return _mm512_or_ps(a, _mm512_and_ps(sign, _mm512_set1_ps(-0.0f)));  // of an `a` that is not negative
+  }
+  static float sum(F a) { return _mm512_reduce_add_ps(a); }
+  static float largest(F a) { return _mm512_reduce_max_ps(a); }
+
+  static I int_zero() { return _mm512_setzero_si512(); }
+  static I int_all(int32_t value) { return _mm512_set1_epi32(value); }
+  static I int_add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static int32_t int_sum(I a) { return _mm512_reduce_add_epi32(a); }
+  static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static I nearest(F a) { return _mm512_cvtps_epi32(a); }  // |a| < 2^22
+  static F times_power_of_two(F a, I n) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(n, 23)));
+  }
+
+  static I load_64(const void* from) { return _mm512_loadu_si512(from); }
+  static I repeat_4(const void* from) {
+    int32_t value;
+    __builtin_memcpy(&value, from, 4);
+    return _mm512_set1_epi32(value);
+  }
+  static I low_nibbles(I a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+  static I high_nibbles(I a) { return low_nibbles(_mm512_srli_epi16(a, 4)); }
+  template <int kByte>
+  static F unsigned_byte(I a) {
+    return to_float(_mm512_and_si512(_mm512_srli_epi32(a, 8 * kByte), _mm512_set1_epi32(255)));
+  }
+
+  // acc[j] += w[2j] x[2j] + w[2j+1] x[2j+1], bfloat16.
+  static F dot_2(F acc, I w, I x) {
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x);
+#else
+    const I high = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000));
+    const auto even = [](I a) { return _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)); };
+    const auto odd = [high](I a) { return _mm512_castsi512_ps(_mm512_and_si512(a, high)); };
+    return fma(odd(w), odd(x), fma(even(w), even(x), acc));
+#endif
+  }
+
+  // acc[j] += the sum over four bytes of w (unsigned) * x (signed).
+  static I dot_4(I acc, I w, I x) {
+#ifdef __AVX512VNNI__
+    // Not _mm512_dpbusd_epi32: GCC 12 copies the sums of a large tile to memory and back around it.
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+    return acc;
+#else
+    const I even_w = _mm512_and_si512(w, _mm512_set1_epi16(255));
+    const I even_x = _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8);
+    const I even = _mm512_madd_epi16(even_w, even_x);
+    const I odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(x, 8));
+    return _mm512_add_epi32(acc, _mm512_add_epi32(even, odd));
+#endif
+  }
+
+  static void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
+
+ private:
+  static __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+  static __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+  static void store_256(void* to, __m256i a) { _mm256_storeu_si256(static_cast<__m256i*>(to), a); }
+};
+
+}  // namespace
+}  // namespace distaff
