@@ -1,4 +1,4 @@
-"""The only file of the frontend that touches ``jax.extend``, ``jax.interpreters`` or private JAX names."""
+"""What the frontend needs of ``jax.extend`` and ``jax.interpreters``; only ``linen/jax_compat.py`` goes further."""
 
 from __future__ import annotations
 

@@ -43,14 +43,14 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 def dense(p: Params, x: jax.Array) -> jax.Array:
     """A linear layer."""
-    return x @ p["kernel"] + p["bias"]
+    return x @ p["kernel"] + p["bias"]  # type: ignore[no-any-return]
 
 
 def norm(p: Params, x: jax.Array) -> jax.Array:
     """Layer normalisation, with the variance as Linen computes it."""
     mean = jnp.mean(x, axis=-1, keepdims=True)
     variance = jnp.maximum(0.0, jnp.mean(jnp.square(x), axis=-1, keepdims=True) - jnp.square(mean))
-    return (x - mean) * (jax.lax.rsqrt(variance + 1e-6) * p["scale"]) + p["bias"]
+    return (x - mean) * (jax.lax.rsqrt(variance + 1e-6) * p["scale"]) + p["bias"]  # type: ignore[no-any-return]
 
 
 def plain_layer(p: Params, x: jax.Array) -> jax.Array:
@@ -88,7 +88,7 @@ def decoder(nn: Any, layers: int) -> Any:
     """The same model as a module of the library ``nn``."""
 
     class Layer(nn.Module):  # type: ignore[misc]
-        @nn.compact
+        @nn.compact  # type: ignore[untyped-decorator]
         def __call__(self, x: jax.Array) -> jax.Array:
             h = nn.LayerNorm(name="norm_1")(x)
             q, k, v = (nn.Dense(WIDTH, name=name)(h) for name in ("query", "key", "value"))
@@ -97,7 +97,7 @@ def decoder(nn: Any, layers: int) -> Any:
             return x + nn.Dense(WIDTH, name="down")(h)  # type: ignore[no-any-return]
 
     class Decoder(nn.Module):  # type: ignore[misc]
-        @nn.compact
+        @nn.compact  # type: ignore[untyped-decorator]
         def __call__(self, x: jax.Array) -> jax.Array:
             for i in range(layers):
                 x = Layer(name=f"layer_{i}")(x)
@@ -110,14 +110,14 @@ def scales(nn: Any, count: int) -> Any:
     """A module of ``count`` small parameters, ten in each submodule."""
 
     class Ten(nn.Module):  # type: ignore[misc]
-        @nn.compact
+        @nn.compact  # type: ignore[untyped-decorator]
         def __call__(self, x: jax.Array) -> jax.Array:
-            return sum(self.param(f"scale_{i}", initializers.ones, (4,)) * x for i in range(10))
+            return sum(self.param(f"scale_{i}", initializers.ones, (4,)) * x for i in range(10))  # type: ignore[no-any-return]
 
     class All(nn.Module):  # type: ignore[misc]
-        @nn.compact
+        @nn.compact  # type: ignore[untyped-decorator]
         def __call__(self, x: jax.Array) -> jax.Array:
-            return sum(Ten(name=f"block_{i}")(x) for i in range(count // 10))
+            return sum(Ten(name=f"block_{i}")(x) for i in range(count // 10))  # type: ignore[no-any-return]
 
     return All()
 

@@ -17,7 +17,8 @@ from distaff.runtime.engine import Engine
 from distaff.runtime.sampling_params import SamplingParams
 
 _WARM_UP_STEPS = 8
-_HELP = """Profiles decode steps of ARTIFACT: batches of requests that each get one token, after prompts of --context tokens.
+_HELP = """Profiles decode steps of ARTIFACT: batches of requests that each get one token, after prompts of
+--context tokens.
 
 Times of native kernels are their own counters'; "engine" is the whole step as the server sees it, and what no kernel
 accounts for is XLA's own code, dispatch and the host's work.
@@ -69,9 +70,7 @@ def show(console: Console, profiles: list[StepProfile]) -> None:
     for one in profiles:
         rows = sorted(one.kernels.items(), key=lambda item: -item[1][1])
         for name, (calls, seconds) in rows:
-            table.add_row(
-                str(one.batch), name, f"{calls:.0f}", f"{1e3 * seconds:.3f}", f"{seconds / one.seconds:.1%}"
-            )
+            table.add_row(str(one.batch), name, f"{calls:.0f}", f"{1e3 * seconds:.3f}", f"{seconds / one.seconds:.1%}")
         table.add_row(str(one.batch), "all kernels", "", "", f"{one.share_in_kernels:.1%}")
         table.add_row(str(one.batch), "engine", "", f"{1e3 * one.seconds:.3f}", "100.0%", end_section=True)
     console.print(table)

@@ -1,7 +1,7 @@
 """A float dtype whose gradients are joined by their maximum, where others are added: ``MaxGradDtype``.
 
-JAX's extended dtypes, which random keys have too, can say so; they are no public part of it, and this is the only file
-of the frontend that touches private names of JAX.
+JAX's extended dtypes, which random keys have too, can say so; they are no public part of it, so that this file touches
+private names of JAX.
 """
 
 from __future__ import annotations

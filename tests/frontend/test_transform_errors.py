@@ -257,7 +257,7 @@ def test_all_errors_of_flax_exist():
     ("error", "mentioned"),
     [
         (errors.AlreadyExistsError("a/b"), "a/b"),
-        (errors.InvalidCheckpointError("a/b", 3), "Step 3"),
+        (errors.InvalidCheckpointError("a/b", 3), "step 3 at a/b"),
         (errors.MPACheckpointingRequiredError("a/b", 3), "Orbax"),
         (errors.MPARestoreTargetRequiredError("a/b", 3, "kernel"), "array kernel"),
         (errors.MPARestoreDataCorruptedError(3, "a/b"), "commit_success"),

@@ -470,7 +470,8 @@ def test_program_is_the_same_as_under_flax(same_as_flax, program):
 
 @pytest.mark.parametrize("program", STATEFUL, ids=lambda program: program.__name__)
 def test_state_is_the_same_as_under_flax(same_as_flax, program):
-    same_as_flax(program, X, rngs=KEYS, mutable=["state", "batch_stats", "seen"], rtol=3e-6)
+    gradients = program is not while_loop_with_keys  # JAX has none of while loops
+    same_as_flax(program, X, rngs=KEYS, mutable=["state", "batch_stats", "seen"], gradients=gradients, rtol=3e-6)
 
 
 @pytest.mark.parametrize("program", [vmap_own_parameters, scan_over_layers, jit_of_setup_modules])
