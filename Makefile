@@ -42,11 +42,11 @@ $(VENV)/.run: pyproject.toml CMakeLists.txt $(wildcard kernels/native/*.cc kerne
 	touch $@
 
 $(VENV)/.smoke: $(VENV)/.run
-	$(INSTALL) ".[serve,gguf,hub,test]"
+	$(INSTALL) ".[serve,gguf,hub,train,test]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(INSTALL) ".[serve,gguf,hub,test,reference,bench]"
+	$(INSTALL) ".[serve,gguf,hub,train,examples,test,reference,bench]"
 	touch $@
 
 clean:
