@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from distaff.frontend import linen as nn
 
-few = settings(max_examples=8, deadline=None)
+few = settings(max_examples=6, deadline=None)
 dtypes = st.sampled_from([None, "float32", "bfloat16"])
 
 
