@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import numpy as np
+from jax import lax
+from jax._src import core as _src_core
+from jax._src import dtypes, earray
+from jax._src.interpreters import pxla
 from jax.extend import core as _core
 from jax.extend import linear_util as _linear_util
 from jax.interpreters import partial_eval as _partial_eval
@@ -66,3 +72,71 @@ def _partial_value(x: Any) -> Any:
     if isinstance(x, jax.core.AbstractValue):
         return _partial_eval.PartialVal.unknown(x)
     return _partial_eval.PartialVal.known(x)
+
+
+# A float dtype whose gradients are joined by their maximum, where others are added: an extended dtype of JAX, as random
+# keys have one.
+
+
+class max_grad_dtype(dtypes.extended):
+    """The kind of these dtypes, for ``jax.dtypes.issubdtype``."""
+
+
+class _Rules:
+    """What JAX asks of an extended dtype."""
+
+    @staticmethod
+    def physical_element_aval(dtype: MaxGradDtype) -> _src_core.ShapedArray:
+        return _src_core.ShapedArray((), dtype.float_dtype)
+
+    @staticmethod
+    def convert_from(dtype: MaxGradDtype, other: Any) -> bool:
+        return bool(dtype.float_dtype == other)
+
+    @staticmethod
+    def convert_to(other: Any, dtype: MaxGradDtype) -> bool:
+        return bool(dtype.float_dtype == other)
+
+    @staticmethod
+    def tangent_dtype(dtype: MaxGradDtype) -> MaxGradDtype:
+        return dtype
+
+    @staticmethod
+    def add(dtype: MaxGradDtype, x: Any, y: Any) -> Any:
+        """Joins two gradients."""
+        floats = [lax.convert_element_type(gradient, dtype.float_dtype) for gradient in (x, y)]
+        return lax.convert_element_type(lax.max(*floats), dtype)
+
+    @staticmethod
+    def zero(dtype: MaxGradDtype) -> Any:
+        """What ``add`` leaves the other of."""
+        return lax.convert_element_type(np.array(-np.inf, dtype.float_dtype), dtype)
+
+    @staticmethod
+    def full(shape: tuple[int, ...], fill_value: Any, dtype: MaxGradDtype) -> Any:
+        fill_value = lax.convert_element_type(fill_value, dtype.float_dtype)
+        return lax.convert_element_type(lax.full(shape, fill_value, dtype.float_dtype), dtype)
+
+    @staticmethod
+    def global_sharded_result_handler(aval: Any, out_sharding: Any, committed: bool) -> Any:
+        """How outputs of compiled functions become arrays: as their floats, under this dtype."""
+        physical = _src_core.physical_aval(aval)
+        handler = pxla.global_result_handlers[_src_core.ShapedArray](physical, out_sharding, committed)
+        return lambda buffers: earray.EArray(aval, handler(buffers))
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxGradDtype(dtypes.ExtendedDType):
+    """``float_dtype``, to and from which it can be converted, but with gradients joined by their maximum."""
+
+    float_dtype: Any
+    _rules = _Rules
+    type = max_grad_dtype
+
+    def __repr__(self) -> str:
+        return self.name
+
+    @property
+    def name(self) -> str:
+        """As Flax names it: ``fp8_meta32``."""
+        return f"fp8_meta{8 * np.dtype(self.float_dtype).itemsize}"

@@ -22,9 +22,9 @@ import numpy as np
 from jax import lax
 
 from distaff.frontend.core.scope import Variable
+from distaff.frontend.jax_compat import MaxGradDtype
 from distaff.frontend.linen.class_transform import nowrap
 from distaff.frontend.linen.dtypes import Array, Dtype
-from distaff.frontend.linen.jax_compat import MaxGradDtype
 from distaff.frontend.linen.module import Module
 
 OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"

@@ -16,6 +16,7 @@ from distaff.frontend.linen.class_transform import compact
 from distaff.frontend.linen.convolution import Conv as Conv
 from distaff.frontend.linen.convolution import ConvLocal as ConvLocal
 from distaff.frontend.linen.convolution import ConvTranspose as ConvTranspose
+from distaff.frontend.linen.convolution import canonicalize_padding as canonicalize_padding
 from distaff.frontend.linen.dtypes import Array, Dtype, promote_dtype
 from distaff.frontend.linen.fields import Axes, DotGeneral, Initializer, PrecisionLike, as_tuple, axes_from_front
 from distaff.frontend.linen.initializers import default_kernel_init as default_kernel_init

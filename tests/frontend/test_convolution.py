@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from distaff.frontend import linen as nn
 
-few = settings(max_examples=8, deadline=None)
+few = settings(max_examples=5, deadline=None)
 dtypes = st.sampled_from([None, None, "bfloat16"])
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from distaff.frontend import linen as nn
 from distaff.frontend.linen import fp8_ops
 
-few = settings(max_examples=4, deadline=None)
+few = settings(max_examples=3, deadline=None)
 OPS = ["Fp8DotGeneralOp", "Fp8DirectDotGeneralOp", "NANOOFp8DotGeneralOp"]
 META = fp8_ops.OVERWRITE_WITH_GRADIENT
 

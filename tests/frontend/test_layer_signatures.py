@@ -22,7 +22,7 @@ MODULES = """
 """.split()
 
 INTERNAL = """
-    DenseParams Fp8MetaTyRules PromoteDtypeFn RNNBase canonicalize_padding dot_general_transpose_lhs
+    DenseParams Fp8MetaTyRules PromoteDtypeFn RNNBase dot_general_transpose_lhs
     dot_general_transpose_rhs dot_general_with_precision_jvp fp8_meta_dtype fp8_meta_dtype_wrapper in_q_bwd in_q_fwd
     in_qdq_bwd in_qdq_fwd out_dq_bwd out_dq_fwd out_qdq_bwd out_qdq_fwd quantized_dot_bwd quantized_dot_fwd
 """.split()

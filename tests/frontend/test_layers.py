@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from distaff.frontend import linen as nn
 
-few = settings(max_examples=10, deadline=None)
+few = settings(max_examples=6, deadline=None)
 dtypes = st.sampled_from([None, "float32", "bfloat16"])
 
 
@@ -358,6 +358,51 @@ def test_decoding_with_a_cache_equals_one_causal_pass():
         np.testing.assert_allclose(y[:, 0], whole[:, i], atol=1e-5)
     with pytest.raises(ValueError, match="one token a call"):
         decoder.apply({"params": variables["params"], "cache": cache}, x, mutable=["cache"])
+
+
+def test_decoding_keeps_the_cache_of_flax(flax_nn):
+    x = array((2, 3, 4))
+    results = []
+    for library in (nn, flax_nn):
+        decoder = library.MultiHeadDotProductAttention(2, decode=True)
+        variables = decoder.init(jax.random.key(0), x)
+        outputs = [variables]
+        for i in range(2):
+            y, updates = decoder.apply(variables, x[:, i : i + 1], mutable=["cache"])
+            variables = {"params": variables["params"], **updates}
+            outputs += [y, updates]
+        results.append(outputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *results)
+
+
+def test_attention_passes_on_what_its_function_takes(same_as_flax):
+    def uniform(query, key, value, mask=None):
+        assert mask is None
+        return jnp.broadcast_to(value.mean(-3, keepdims=True), (*query.shape[:-1], value.shape[-1]))
+
+    same_as_flax(
+        lambda nn: nn.MultiHeadAttention(2, attention_fn=uniform, dropout_rate=0.1),
+        array((2, 5, 4)),
+        deterministic=True,
+    )
+
+
+def test_misused_attention_has_the_error_class_of_flax(flax_nn):
+    x = array((2, 5, 4))
+    q = array((2, 5, 2, 4))
+    for library in (nn, flax_nn):
+        layer = library.MultiHeadDotProductAttention(2, dropout_rate=0.1)
+        for misuse in (
+            lambda layer=layer: layer.init(jax.random.key(0), x),  # deterministic is missing
+            lambda layer=layer: layer.init(jax.random.key(0), x, x, inputs_kv=x, deterministic=True),
+            lambda layer=layer: layer.init(jax.random.key(0), x, None, x, deterministic=True),
+            lambda library=library: library.dot_product_attention(q, q, q, qk_attn_weights_einsum=jnp.einsum),
+            lambda library=library: library.dot_product_attention_weights(q, q, precision="highest", einsum=jnp.einsum),
+        ):
+            with pytest.raises(ValueError):
+                misuse()
+        with pytest.warns(DeprecationWarning, match="mask"):
+            library.MultiHeadDotProductAttention(2).init(jax.random.key(0), x, x, array((2, 4, 4)[:1] + (5, 5)))
 
 
 def test_dot_product_attention_with_bias_and_grouped_batches(flax_nn):

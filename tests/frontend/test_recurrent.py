@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from distaff.frontend import linen as nn
 from distaff.frontend.linen import recurrent
 
-few = settings(max_examples=5, deadline=None)
+few = settings(max_examples=4, deadline=None)
 VECTOR_CELLS = ["SimpleCell", "GRUCell", "MGUCell", "LSTMCell", "OptimizedLSTMCell"]
 
 
