@@ -1,4 +1,4 @@
-"""What the frontend needs of ``jax.extend`` and ``jax.interpreters``; only ``linen/jax_compat.py`` goes further."""
+"""What the frontend needs of ``jax.extend``, ``jax.interpreters`` and private names of JAX; no other file uses them."""
 
 from __future__ import annotations
 

@@ -49,7 +49,9 @@ _POSITIVE = click.IntRange(min=1)
 @click.option(
     "--dtype", default="auto", show_default=True, help="float32, bfloat16 or float16 weights; auto: by device."
 )
-@click.option("--quantize", default="none", show_default=True, help="Matrices as int8, int4, int4g32 (groups of 32) …")
+@click.option(
+    "--quantize", default="none", show_default=True, help="Matrices as int8, int8g32 (groups of 32), int4, q4_1 …"
+)
 @click.option("--quantize-tables", help="Embedding and logits likewise.  [default: int8 for int4, else as --quantize]")
 @click.option("--kv-cache-dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
 @click.option("--max-model-len", type=_POSITIVE, help="Longest request, prompt and output.  [default: up to 8192]")
@@ -162,11 +164,12 @@ def _exit_codes() -> Iterator[None]:
     from distaff.compiler.lowering.build import OutputExistsError
     from distaff.frontend.loading import CheckpointError
     from distaff.frontend.models import ConfigError
+    from distaff.kernels.matmul import WeightFormatError
     from distaff.runtime.platforms import MemoryTooSmallError
 
     try:
         yield
-    except (BucketError, OutputExistsError) as error:
+    except (BucketError, OutputExistsError, WeightFormatError) as error:
         _fail(error, USAGE)
     except ModelRefusedError as error:
         _fail(error, REFUSED)

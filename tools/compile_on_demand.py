@@ -87,10 +87,10 @@ class CompileOptions:
         from distaff.kernels.matmul import WeightFormat
 
         if self.quantize == "none":
-            packs = jax.default_backend() == "cpu" and native.available() and self.resolved_dtype() == "bfloat16"
-            if not packs:
+            native_formats = ("float32", "bfloat16")
+            if jax.default_backend() != "cpu" or not native.available() or self.resolved_dtype() not in native_formats:
                 return None
-        matrices = WeightFormat.parse("bfloat16" if self.quantize == "none" else self.quantize)
+        matrices = WeightFormat.parse(self.resolved_dtype() if self.quantize == "none" else self.quantize)
         tables = self.quantize_tables or ("int8" if matrices.kind == "int4" else matrices.name)
         return WeightFormats(matrices, WeightFormat.parse(tables))
 

@@ -105,8 +105,8 @@ REFERENCE = "distaff-float32"  # what the outputs of all are compared with
 PEERS = (
     _distaff("float32"),
     _distaff("bfloat16"),
-    _distaff("int8"),
-    _distaff("int4g32"),
+    _distaff("int8g32"),
+    _distaff("q4_1"),
     Peer(
         engine="transformers",
         driver="transformers_engine",

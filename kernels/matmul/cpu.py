@@ -41,7 +41,7 @@ def matmul(
     widths = spec.parts or (spec.out_columns,)
     results = [jax.ShapeDtypeStruct((x.shape[0], width), np.float32) for width in widths]
     call = jax.ffi.ffi_call(_TARGETS["matmul"], results, vmap_method="sequential")
-    found: list[jax.Array] = call(
+    found = call(
         x,
         *arrays,
         *given.values(),
@@ -52,7 +52,7 @@ def matmul(
         gated=spec.gated,
         int8_activations=spec.activations == "int8",
     )
-    return found
+    return list(found)
 
 
 @register("matmul.embed_rows", "native", platforms=("cpu",), priority=10, refuses=_refuses)

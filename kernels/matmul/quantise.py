@@ -105,7 +105,8 @@ def _fitted(blocks: Array, found: _Blocks, format: WeightFormat) -> Array:
     steps = (found.integers - _bias(format)).astype(np.float32)
     weights = blocks - found.offsets.astype(np.float32)[:, None]
     squares = np.square(steps).sum(1)
-    return np.divide((weights * steps).sum(1), squares, out=np.zeros_like(squares), where=squares != 0)
+    scales: Array = np.divide((weights * steps).sum(1), squares, out=np.zeros_like(squares), where=squares != 0)
+    return scales
 
 
 def _values(found: _Blocks, format: WeightFormat) -> Array:

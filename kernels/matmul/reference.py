@@ -31,7 +31,7 @@ def matmul(
 ) -> list[jax.Array]:
     """`distaff.kernels.matmul.matmul`; computes padding too."""
     x = x.astype(jnp.float32)
-    if norm_weight is not None:
+    if norm_weight is not None and spec.norm_eps is not None:
         x = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + spec.norm_eps) * norm_weight
     activate = _ACTIVATIONS[spec.activation]
     packed_columns = arrays[0].shape[0] * LANES if spec.gated else spec.columns

@@ -208,7 +208,7 @@ def test_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_peers, "compare", record)
     arguments = [
         "--engines",
-        "vllm,distaff-int8",
+        "vllm,distaff-int8g32",
         "--num-prompts",
         "2",
         "--envs",
@@ -218,7 +218,7 @@ def test_the_command_line(tmp_path, monkeypatch):
     ]
     result = CliRunner().invoke(main, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
-    assert asked == ["distaff-int8", "vllm-float32", "vllm-bfloat16"]
+    assert asked == ["distaff-int8g32", "vllm-float32", "vllm-bfloat16"]
     assert "| distaff | 1 | float32 |" in (tmp_path / "t.md").read_text()
     assert len((tmp_path / "work" / "workload.jsonl").read_text().splitlines()) == 2
     result = CliRunner().invoke(main, ["--engines", "distaff,nothing"])
