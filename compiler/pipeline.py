@@ -30,7 +30,7 @@ from distaff.compiler.passes.rotary import fold_rotary
 from distaff.compiler.passes.serve import ServePlan, bytes_per_token, plan_serving
 from distaff.compiler.quality import compare_on_text
 from distaff.compiler.serve_step import ServeStep
-from distaff.compiler.validate import validate
+from distaff.compiler.validate import TOLERANCE, validate
 
 
 @dataclasses.dataclass
@@ -123,7 +123,9 @@ def derive_serve_step(
         report["weights"] = _packed(packed)
         step, loop = _emitted(plan, rolling)
         step = dataclasses.replace(step, weight_format=weight_formats.matrices.kind)
-        report["validation_of_packed_weights"] = check(step, weight_formats.coarsest)
+        report["validation_of_packed_weights"] = check(
+            step, min(weight_formats.coarsest, lowest, key=list(TOLERANCE).index)
+        )
         if passages:
             quality = compare_on_text(step, fn, params, passages, max_model_len=max_model_len, page_size=page_size)
             report["quality_on_text"] = dataclasses.asdict(quality)

@@ -20,7 +20,7 @@ from distaff.compiler.ir.types import TOKENS
 from distaff.kernels.paged_attention import Rotary
 
 _MOST_NODES = 40
-_KNOWN = (*ELEMENTWISE, *STRUCTURAL, "split", "concatenate", "slice")
+_KNOWN = (*ELEMENTWISE, *STRUCTURAL, "split", "concatenate", "stack", "slice", "gather")
 _TOLERANCE = 1e-4
 _CHUNK = 1024  # positions that are evaluated at a time
 

@@ -262,44 +262,37 @@ class _Body(Evaluator):
 
 
 def _tail(plan: ServePlan, body: _Body, batch: StepBatch) -> jax.Array:
-    """Logits of the sampled tokens: the rest of the body on these tokens, or what follows the choice of a last one."""
+    """Logits of the sampled tokens: the rest of the body on them, then what follows the choice of a last one."""
+    samples, data = batch.samples, _data_ids(plan)
+    known = {i: a for i, a in body.known.items() if not isinstance(a, dict) and i not in data}
+    known |= {id(v): jnp.take(body[v], samples, axis=v.type.token_dims[0]) for v in plan.boundary}
+    chosen = batch._replace(tokens=batch.tokens[samples], positions=batch.positions[samples])
+    tail = _Body(plan, known, body.pages, chosen)
+    # Samples stand in front, and where there are as many as requests, there is no more than one of each.
+    requests = jnp.sum(batch.contexts > 0, dtype=jnp.int32)
+    tail.live = requests if samples.shape == batch.contexts.shape else None
+    of_request = [n for n in plan.tail if plan.classes[n.outputs[0]] is Kind.REQUEST]
+    tail.run(n for n in plan.tail if plan.classes[n.outputs[0]] is not Kind.REQUEST)
     (output,) = plan.graph.outputs
-    if plan.classes[output] is Kind.TOKEN:
-        samples = batch.samples
-        known = {
-            id(v): jnp.take(body[v], samples, axis=v.type.token_dims[0], unique_indices=False) for v in plan.boundary
-        }
-        chosen = batch._replace(tokens=batch.tokens[samples], positions=batch.positions[samples])
-        tail = _Body(plan, {**body.weights, **known}, body.pages, chosen)
-        # Samples stand in front, and where there are as many as requests, there is no more than one of each.
-        requests = jnp.sum(batch.contexts > 0, dtype=jnp.int32)
-        tail.live = requests if samples.shape == batch.contexts.shape else None
-        tail.run(plan.tail)
-        return tail.rows(output).astype(jnp.float32)
-    return _tail_of_request(plan, body, batch)
+    logits = _of_last_tokens(plan, tail, of_request) if of_request else tail.rows(output)
+    return logits.astype(jnp.float32)
 
 
-def _tail_of_request(plan: ServePlan, body: _Body, batch: StepBatch) -> jax.Array:
-    """The tail for each sampled token by itself: the plain program at length one, at that token's position."""
-    samples = batch.samples
-    gathered = {
-        i: jnp.moveaxis(jnp.take(body[v], samples, axis=v.type.token_dims[0]), v.type.token_dims[0], 0)
-        for i, v in enumerate(plan.boundary)
-    }
-    constants = {i: a for i, a in body.known.items() if not isinstance(a, dict) and i not in _data_ids(plan)}
+def _of_last_tokens(plan: ServePlan, tail: _Body, nodes: Sequence[Node]) -> jax.Array:
+    """What ``nodes`` make of each sampled token by itself: the plain program at length one, as its last token."""
+    taken = {id(v): v for n in nodes for v in n.inputs if plan.classes.kinds.get(id(v)) is Kind.TOKEN}
+    rows = {i: jnp.moveaxis(tail[v], v.type.token_dims[0], 0) for i, v in taken.items()}
+    constants = {i: a for i, a in tail.known.items() if i not in taken}
     (output,) = plan.graph.outputs
 
-    def one(position: jax.Array, rows: dict[int, jax.Array]) -> jax.Array:
-        known = dict(constants)
-        for i, array in rows.items():
-            value = plan.boundary[i]
-            known[id(value)] = jnp.expand_dims(array, value.type.token_dims[0])
-        evaluator = Evaluator({TOKENS: 1}, {TOKENS: position[None]}, known)
-        evaluator.run(plan.tail)
+    def one(mine: dict[int, jax.Array]) -> jax.Array:
+        tokens = {i: jnp.expand_dims(array, taken[i].type.token_dims[0]) for i, array in mine.items()}
+        evaluator = Evaluator({TOKENS: 1}, {}, {**constants, **tokens})
+        evaluator.run(nodes)
         return jnp.reshape(evaluator[output], (plan.vocab_size,))
 
     with jax_compat.at_location(output.node.location if output.node is not None else plan.graph.nodes[-1].location):
-        return jax.vmap(one)(batch.positions[samples], gathered).astype(jnp.float32)
+        return jax.vmap(one)(rows)
 
 
 def _data_ids(plan: ServePlan) -> set[int]:

@@ -42,8 +42,10 @@ def quantise(weight: Array, format: WeightFormat) -> tuple[Array, Array, Array |
         )
     rows, columns = weight.shape
     group = format.group or rows
-    # A last group that is not full is filled with its last row: zeros could widen its range.
-    blocks = np.pad(weight, ((0, -rows % group), (0, 0)), mode="edge").reshape(-1, group, columns)
+    # A last group that is not full is filled with its own rows in turn: zeros could widen its range.
+    full = rows // group * group
+    missing = full + np.arange(-rows % group) % max(1, rows - full)
+    blocks = weight[np.concatenate([np.arange(rows), missing])].reshape(-1, group, columns)
     parts = [_best(blocks[..., n : n + _COLUMNS], format) for n in range(0, columns, _COLUMNS)]
     integers, scales, offsets = (np.concatenate(arrays, -1) for arrays in zip(*parts, strict=True))
     integers = integers.reshape(-1, columns)[:rows]
