@@ -36,17 +36,17 @@ $(PY):
 
 INSTALL = $(PY) -m pip install -q --no-build-isolation -e
 
-$(VENV)/.run: pyproject.toml | $(PY)
-	$(PY) -m pip install -q scikit-build-core
+$(VENV)/.run: pyproject.toml CMakeLists.txt $(wildcard kernels/native/*.cc kernels/native/*.h) | $(PY)
+	$(PY) -m pip install -q scikit-build-core cmake ninja "jaxlib>=0.10,<0.13"
 	$(INSTALL) ".[serve,gguf,hub]"
 	touch $@
 
 $(VENV)/.smoke: $(VENV)/.run
-	$(INSTALL) ".[serve,gguf,hub,test]"
+	$(INSTALL) ".[serve,gguf,hub,train,test]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(INSTALL) ".[serve,gguf,hub,test,reference,bench]"
+	$(INSTALL) ".[serve,gguf,hub,train,examples,test,reference,bench]"
 	touch $@
 
 clean:

@@ -106,7 +106,8 @@ class Manifest:
     """What the runtime needs to know to serve the artifact without any model code.
 
     ``num_pages`` is the pool size, null page included, that the artifact asks for; the programs hold for every other
-    size too unless ``fixed_num_pages``. ``platform`` is XLA's name: cpu, cuda, rocm or tpu.
+    size too unless ``fixed_num_pages``. ``platform`` is XLA's name: cpu, cuda, rocm or tpu. ``custom_calls`` are the
+    native kernels that the programs call and the runtime must have.
     """
 
     model: str
@@ -124,6 +125,7 @@ class Manifest:
     bos_token_id: int | None = None
     has_tokenizer: bool = False
     fixed_num_pages: bool = False
+    custom_calls: tuple[str, ...] = ()
     fingerprint: str = ""
     distaff_version: str = ""
     jax_version: str = ""
@@ -200,6 +202,7 @@ class Manifest:
             data["weights"] = tuple(TensorSpec(**{**w, "shape": tuple(w["shape"])}) for w in data["weights"])
             data["programs"] = tuple(ProgramSpec(**p) for p in data["programs"])
             data["eos_token_ids"] = tuple(data["eos_token_ids"])
+            data["custom_calls"] = tuple(data.get("custom_calls", ()))
             manifest = cls(**data)
         except (TypeError, KeyError, ValueError) as error:
             raise ArtifactError(f"{where} is damaged: {error}; compile the model again") from None

@@ -12,6 +12,7 @@ import jax
 from distaff.compiler.artifact import Manifest
 from distaff.compiler.buckets import Bucket, default_buckets
 from distaff.compiler.lowering.build import ModelInfo, Progress, SavableTokenizer, build_artifact, check_output
+from distaff.compiler.passes.pack import WeightFormats
 from distaff.compiler.pipeline import derive_serve_step
 
 DEFAULT_MAX_BATCH = 64
@@ -28,6 +29,9 @@ def compile_model(
     name: str = "model",
     architecture: str = "",
     latent_cache: bool = False,
+    weight_formats: WeightFormats | None = None,
+    kv_dtype: str | None = None,
+    passages: Sequence[Sequence[int]] = (),
     page_size: int = DEFAULT_PAGE_SIZE,
     max_batch: int = DEFAULT_MAX_BATCH,
     max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS,
@@ -48,6 +52,9 @@ def compile_model(
     output together; a step holds up to ``max_batch`` requests and ``max_step_tokens`` tokens unless ``buckets`` says
     which shapes to compile. ``num_pages`` pages of ``page_size`` tokens make the KV pool that the artifact asks for.
     With ``latent_cache`` attention may cache what keys and values are computed from, where that is smaller.
+    ``weight_formats`` are the number formats that weights are packed in for kernels (default: as ``params`` has them),
+    ``kv_dtype`` that of the KV cache (default: as the model computes); what packing costs is measured on ``passages``,
+    up to four texts of token ids.
     ``dump`` is a folder for the IR after each pass. The programs are compiled to machine code at the first start.
 
     Raises the errors of `distaff.compiler.errors` if the model cannot be served token by token, `BucketError` for
@@ -58,7 +65,15 @@ def compile_model(
     if progress is not None:
         progress("deriving the serving step", 0, 1)
     step = derive_serve_step(
-        fn, params, max_model_len=max_model_len, page_size=page_size, latent_cache=latent_cache, dump=dump
+        fn,
+        params,
+        max_model_len=max_model_len,
+        page_size=page_size,
+        latent_cache=latent_cache,
+        weight_formats=weight_formats,
+        kv_dtype=kv_dtype,
+        passages=passages,
+        dump=dump,
     )
     model = ModelInfo(
         name=name,

@@ -6,9 +6,10 @@ capture -> fold -> merge -> attention -> serve -> emit -> validate.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,14 @@ from distaff.compiler.ir.verifier import verify
 from distaff.compiler.lowering.emit import collect_weights, emit
 from distaff.compiler.passes.attention import AttentionFinding, raise_attention
 from distaff.compiler.passes.cleanup import fold_constants, merge_equal
-from distaff.compiler.passes.roll import find_layer_loop
+from distaff.compiler.passes.matmul import raise_matmuls
+from distaff.compiler.passes.pack import PackedMatrix, WeightFormats, pack_weights
+from distaff.compiler.passes.roll import LayerLoop, find_layer_loop
+from distaff.compiler.passes.rotary import fold_rotary
 from distaff.compiler.passes.serve import ServePlan, bytes_per_token, plan_serving
+from distaff.compiler.quality import compare_on_text
 from distaff.compiler.serve_step import ServeStep
-from distaff.compiler.validate import validate
+from distaff.compiler.validate import TOLERANCE, validate
 
 
 @dataclasses.dataclass
@@ -43,11 +48,14 @@ def derive(
     *,
     max_model_len: int,
     latent_cache: bool = False,
+    raise_products: bool = False,
+    kv_dtype: str | None = None,
     dump: str | os.PathLike[str] | None = None,
 ) -> Derivation:
     """Captures ``fn(params, tokens[1, S])`` and derives its serving plan, or refuses with the user's line.
 
-    Raises the errors of `distaff.compiler.errors`. ``dump`` is a folder for the IR after each pass.
+    Raises the errors of `distaff.compiler.errors`. With ``raise_products`` products with weights become operations
+    that can be packed. ``dump`` is a folder for the IR after each pass.
     """
     log = _PassLog(dump)
     captured = capture(fn, params, max_model_len)
@@ -65,7 +73,12 @@ def derive(
         return raised
 
     raised = log.run("attention", attention, classes)
-    return Derivation(plan_serving(raised, classes), findings, log.entries)
+    if raise_products:
+        products = raised
+        raised = log.run("matmul", lambda: raise_matmuls(products, classes), classes)
+        turned = raised
+        raised = log.run("rotary", lambda: fold_rotary(turned, classes, max_model_len), classes)
+    return Derivation(plan_serving(raised, classes, kv_dtype=kv_dtype), findings, log.entries)
 
 
 def derive_serve_step(
@@ -75,44 +88,92 @@ def derive_serve_step(
     max_model_len: int,
     page_size: int = 16,
     latent_cache: bool = False,
+    weight_formats: WeightFormats | None = None,
+    kv_dtype: str | None = None,
+    passages: Sequence[Sequence[int]] = (),
     roll_layers: bool | None = None,
     dump: str | os.PathLike[str] | None = None,
 ) -> ServeStep:
     """Derives and validates the serving step of ``fn``; the report tells what was found and measured.
 
-    ``latent_cache`` caches what keys and values are expanded from where that is smaller. ``roll_layers`` runs repeated
-    layers in a loop (default: on every platform but CPUs, where it is slower).
+    ``latent_cache`` caches what keys and values are expanded from where that is smaller. ``weight_formats`` packs the
+    weights for the kernels that read such formats; the derivation is validated before that, with the plain weights,
+    and again afterwards within what the formats lose, which is measured on ``passages`` (texts of token ids, see
+    `compare_on_text`). ``kv_dtype`` is the type of the caches. ``roll_layers`` runs repeated layers in a loop (default:
+    on every platform but CPUs, where it is slower).
     """
-    derivation = derive(fn, params, max_model_len=max_model_len, latent_cache=latent_cache, dump=dump)
+    derivation = derive(
+        fn, params, max_model_len=max_model_len, latent_cache=latent_cache,
+        raise_products=weight_formats is not None, kv_dtype=kv_dtype, dump=dump,
+    )  # fmt: skip
     plan = derivation.plan
     rolling = jax.default_backend() != "cpu" if roll_layers is None else roll_layers
-    loop = find_layer_loop(plan) if rolling else None
-    weights = collect_weights(plan, loop)
-    step = ServeStep(
-        weights=weights.arrays, caches=plan.caches, vocab_size=plan.vocab_size, function=emit(plan, weights, loop)
-    )
-    (output,) = plan.graph.outputs
-    started = time.perf_counter()
-    dtypes = {str(v.type.dtype) for n in plan.graph.nodes for v in n.outputs}
-    lowest = next((d for d in ("bfloat16", "float16") if d in dtypes), "float32")
-    result = validate(
-        step, fn, params, max_model_len=max_model_len, page_size=page_size, dtype=lowest,
-        last_only=plan.classes[output] is Kind.REQUEST,
-    )  # fmt: skip
-    report = {
+    report: dict[str, Any] = {
         "attentions": [_finding(f) for f in derivation.findings],
         "kv_bytes_per_token": bytes_per_token(plan.caches),
-        "validation": {
-            "max_error": result.max_error,
-            "largest_logit": result.scale,
-            "relative_error": result.relative,
-            "rows": result.rows,
-            "seconds": time.perf_counter() - started,
-        },
-        "passes": derivation.passes,
-        "rolled_layers": loop.count if loop is not None else 0,
     }
+    last_only = plan.classes[plan.graph.outputs[0]] is Kind.REQUEST
+    check = functools.partial(_validated, fn, params, max_model_len, page_size, last_only)
+    dtypes = {str(v.type.dtype) for n in plan.graph.nodes for v in n.outputs} | {str(kv_dtype)}
+    lowest = next((d for d in ("bfloat16", "float16") if d in dtypes), "float32")
+    step, loop = _emitted(plan, rolling)
+    report["validation"] = check(step, lowest)
+    if weight_formats is not None:
+        packed = pack_weights(plan.graph, weight_formats, plan.vocab_size)
+        report["weights"] = _packed(packed)
+        step, loop = _emitted(plan, rolling)
+        step = dataclasses.replace(step, weight_format=weight_formats.matrices.kind)
+        report["validation_of_packed_weights"] = check(
+            step, min(weight_formats.coarsest, lowest, key=list(TOLERANCE).index)
+        )
+        if passages:
+            quality = compare_on_text(step, fn, params, passages, max_model_len=max_model_len, page_size=page_size)
+            report["quality_on_text"] = dataclasses.asdict(quality)
+    report |= {"passes": derivation.passes, "rolled_layers": loop.count if loop is not None else 0}
     return dataclasses.replace(step, report=report)
+
+
+def _emitted(plan: ServePlan, rolling: bool) -> tuple[ServeStep, LayerLoop | None]:
+    loop = find_layer_loop(plan) if rolling else None
+    weights = collect_weights(plan, loop)
+    function = emit(plan, weights, loop)
+    return ServeStep(weights.arrays, plan.caches, plan.vocab_size, function), loop
+
+
+def _validated(
+    fn: Callable[[Any, Any], Any],
+    params: Any,
+    max_model_len: int,
+    page_size: int,
+    last_only: bool,
+    step: ServeStep,
+    precision: str,
+) -> dict[str, Any]:
+    """Validates a step and returns what the report says of it."""
+    started = time.perf_counter()
+    result = validate(
+        step, fn, params, max_model_len=max_model_len, page_size=page_size, precision=precision, last_only=last_only
+    )
+    return {
+        "max_error": result.max_error,
+        "largest_logit": result.scale,
+        "relative_error": result.relative,
+        "rows": result.rows,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _packed(packed: list[PackedMatrix]) -> list[dict[str, Any]]:
+    """Matrices by format: how many, their parameters and bytes."""
+    rows: dict[str, dict[str, Any]] = {}
+    for matrix in packed:
+        row = rows.setdefault(
+            matrix.format.name, {"format": matrix.format.name, "matrices": 0, "parameters": 0, "bytes": 0}
+        )
+        row["matrices"] += 1
+        row["parameters"] += matrix.parameters
+        row["bytes"] += matrix.bytes
+    return list(rows.values())
 
 
 def _finding(finding: AttentionFinding) -> dict[str, Any]:

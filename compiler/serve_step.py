@@ -24,7 +24,8 @@ class ServeStep:
     ``function(weights, pages, batch)`` returns float32 logits ``[S, vocab_size]`` and the new pages. It is traced anew
     for every bucket, so it holds for all T, R, S, NP and pool sizes. ``weights`` are flat and in input order;
     ``pages`` has one buffer ``[layers, num_pages, page_size, *shape]`` per entry of ``caches``. ``report`` is what the
-    passes have to tell (JSON values); it ends up in the manifest.
+    passes have to tell (JSON values); it ends up in the manifest. ``weight_format`` is the kind of number that packed
+    weights are.
     """
 
     weights: Mapping[str, jax.Array | np.ndarray[Any, Any]]
@@ -32,3 +33,4 @@ class ServeStep:
     vocab_size: int
     function: StepFunction
     report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    weight_format: str | None = None

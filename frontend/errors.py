@@ -1,13 +1,35 @@
 """Errors of the module system: one class a mistake, named as in ``flax.errors``.
 
 Each message says what was wrong and where (the module path), and what to do about it; where a mistake is about how code
-is written, it shows the wrong and the right form.
+is written, it shows the wrong and the right form. It ends with the line of the user's code that led there.
 """
 
 from __future__ import annotations
 
+import sys
+import sysconfig
 import textwrap
+from pathlib import Path
+from types import FrameType
 from typing import Any
+
+# Code that users call and did not write: ours, JAX's, Python's own.
+_OWN = str(Path(__file__).parent) + "/"
+_STDLIB = sysconfig.get_paths()["stdlib"] + "/"
+
+
+def _is_user_code(filename: str) -> bool:
+    if filename.startswith(_OWN) or "/jax/" in filename or filename == "<string>" or filename.startswith("<frozen"):
+        return False
+    return not filename.startswith(_STDLIB) or "-packages/" in filename
+
+
+def _user_line() -> str:
+    """Where the user's code called into ours, as ``model.py:12 (__call__)``; empty if there is no such frame."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not _is_user_code(frame.f_code.co_filename):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})" if frame else ""
 
 
 def _wrong_right(wrong: str, right: str) -> str:
@@ -27,10 +49,75 @@ def _restore(cls: type[FlaxError], message: str) -> FlaxError:
 
 
 class FlaxError(Exception):
-    """Base of all errors of the module system."""
+    """Base of all errors of the module system; the message ends with the user's line."""
+
+    def __init__(self, message: str = "") -> None:
+        where = _user_line()
+        super().__init__(f"{message}\n    At {where}" if where else message)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self), str(self))
+
+
+# JAX transforms.
+
+
+class JaxTransformError(FlaxError):
+    """A variable was assigned a value that belongs to a JAX transform inside the module, and would leak out of it."""
+
+    def __init__(self, variable: str = "", scope_path: str = "") -> None:
+        which = f'the variable "{variable}" of "{scope_path}"' if variable else "a variable or module"
+        super().__init__(
+            f"JAX transforms and modules cannot be mixed: {which} was made outside of a JAX transform and assigned to "
+            "inside of it, and the value cannot leave the transform. Use the lifted transform of the same name, which "
+            "takes the module's variables through."
+            + _wrong_right(
+                "dense = nn.Dense(4)\ny = jax.vmap(dense)(x)",
+                "dense = nn.vmap(nn.Dense, variable_axes={'params': None}, split_rngs={'params': False})(4)\n"
+                "y = dense(x)",
+            )
+        )
+
+
+class TransformTargetError(FlaxError):
+    """A lifted transform was given something else than a module class or a function of a module."""
+
+    def __init__(self, target: object) -> None:
+        super().__init__(
+            "Lifted transforms take a module class, or a function with a module as its first argument; got "
+            f"{target!r}."
+            + _wrong_right(
+                "y = nn.vmap(nn.Dense(4))(x)",
+                "y = nn.vmap(nn.Dense)(4)(x)  # or nn.vmap(lambda module, x: module(x))(nn.Dense(4), x)",
+            )
+        )
+
+
+class TransformedMethodReturnValueError(FlaxError):
+    """A function under a lifted transform returned a module or a variable."""
+
+    def __init__(self, name: object) -> None:
+        super().__init__(
+            f"The transformed method {name} returned a module or a variable, which exist only inside the transform. "
+            "Return arrays (variable.value), or create the module outside and pass it in."
+        )
+
+
+class TraceContextError(FlaxError):
+    """An object with state was changed inside a JAX transform that was entered after it was made."""
+
+
+class LazyInitError(FlaxError):
+    """``lazy_init`` found a variable whose initial value depends on an input of which only the shape was given."""
+
+    def __init__(self, partial_val: object) -> None:
+        super().__init__(
+            f"A variable of type {partial_val} depends on the value of an input that was passed to lazy_init as "
+            "jax.ShapeDtypeStruct. Pass an array for that input, or initialise the variable from its shape only."
+            + _wrong_right(
+                "self.param('mean', lambda key: x.mean(0))", "self.param('mean', nn.initializers.zeros, x.shape[1:])"
+            )
+        )
 
 
 # Variables, collections and random keys.
@@ -139,6 +226,13 @@ class ModifyScopeVariableError(FlaxError):
         )
 
 
+class ImmutableVariableError(FlaxError):
+    """A variable that may not change was assigned to."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+
 class PartitioningUnspecifiedError(FlaxError):
     """A transform adds an axis to a ``Partitioned`` variable and was not told the axis's name."""
 
@@ -177,6 +271,15 @@ class AssignSubModuleError(FlaxError):
                 f"def __call__(self, x):\n    return {cls}(...)(x)",
                 f"@nn.compact\ndef __call__(self, x):\n    return {cls}(...)(x)",
             )
+        )
+
+
+class MultipleMethodsCompactError(FlaxError):
+    """More than one method of a class is marked ``@compact``, where only one may be."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Only one method of this class may be marked @nn.compact; create what the others use in setup()."
         )
 
 
@@ -299,3 +402,73 @@ class DescriptorAttributeError(FlaxError):
             f"The property {name!r} of module {module_cls} reads an attribute that does not exist; the error above "
             "names it."
         )
+
+
+# Files and trees.
+
+
+class AlreadyExistsError(FlaxError):
+    """A file exists and must not be overwritten."""
+
+    def __init__(self, path: object) -> None:
+        super().__init__(f'The file "{path}" exists. Pass overwrite=True to replace it, or write to another path.')
+
+
+class InvalidCheckpointError(FlaxError):
+    """A checkpoint was to be saved where there is one of the same or a later step."""
+
+    def __init__(self, path: str, step: object) -> None:
+        super().__init__(
+            f"Cannot save a checkpoint of step {step} at {path}: there is one of this step or a later one. Restore "
+            "that and go on from there, save in another folder, or pass overwrite=True to replace it and all after it."
+        )
+
+
+class MPACheckpointingRequiredError(FlaxError):
+    """A checkpoint in Flax's older format keeps arrays of several processes elsewhere."""
+
+    def __init__(self, path: str, step: object) -> None:
+        super().__init__(
+            f"The checkpoint {path} (step {step}) refers to arrays of several processes in {path}_gda, a format from "
+            "before Orbax that cannot be read here. Restore it with Flax, and save it again with Orbax."
+        )
+
+
+class MPARestoreTargetRequiredError(FlaxError):
+    """An array that lies on several processes was to be restored without a target that says how it lies."""
+
+    def __init__(self, path: object, step: object, key: object = None) -> None:
+        where = f", array {key}" if key else ""
+        super().__init__(
+            f'The checkpoint "{path}" of step {step}{where} was saved from several processes: pass a target with an '
+            "array of the wanted sharding at that place, or allow_partial_mpa_restoration=True to leave it out."
+        )
+
+
+class MPARestoreDataCorruptedError(FlaxError):
+    """A saved array that lies on several processes is incomplete."""
+
+    def __init__(self, step: object, path: object) -> None:
+        super().__init__(
+            f'The array "{path}" of step {step} has no "commit_success.txt": its save did not finish. Restore an '
+            "earlier step."
+        )
+
+
+class CursorFindError(FlaxError):
+    """A search of a tree that must find exactly one object found none, or several."""
+
+    def __init__(self, cursor: Any = None, cursor2: Any = None) -> None:
+        if cursor is not None and cursor2 is not None:
+            found = f"more than one object, the first two at {cursor._path} and {cursor2._path}"
+        else:
+            found = "no object"
+        super().__init__(f"The condition was to match exactly one object and matched {found}. Change the condition.")
+
+
+class TraverseTreeError(FlaxError):
+    """A tree was to be traversed with both or neither of an update and a condition."""
+
+    def __init__(self, update_fn: object, cond_fn: object) -> None:
+        given = "neither" if update_fn is None and cond_fn is None else "both"
+        super().__init__(f"Pass exactly one of update_fn and cond_fn; {given} were given.")

@@ -6,49 +6,21 @@ say how they lie on the mesh of the day. Public as ``nn.logical_axis_rules`` and
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import functools
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from distaff.frontend import struct
 from distaff.frontend.core import meta
-from distaff.frontend.core.meta import AxisName, LogicalNames
-
-LogicalRules: TypeAlias = Sequence[tuple[str, AxisName]]
-
-
-class _Context(threading.local):
-    rules: LogicalRules = ()
-
-
-_context = _Context()
-
-
-def set_logical_axis_rules(rules: LogicalRules) -> None:
-    """Set the rules of this thread."""
-    _context.rules = rules
-
-
-def get_logical_axis_rules() -> LogicalRules:
-    """The rules of this thread."""
-    return _context.rules
-
-
-@contextlib.contextmanager
-def logical_axis_rules(rules: LogicalRules) -> Iterator[None]:
-    """Use ``rules`` inside the ``with`` block."""
-    before = _context.rules
-    _context.rules = rules
-    try:
-        yield
-    finally:
-        _context.rules = before
+from distaff.frontend.core.meta import LogicalNames
+from distaff.frontend.core.spmd import LogicalRules as LogicalRules
+from distaff.frontend.core.spmd import get_logical_axis_rules as get_logical_axis_rules
+from distaff.frontend.core.spmd import logical_axis_rules as logical_axis_rules
+from distaff.frontend.core.spmd import set_logical_axis_rules as set_logical_axis_rules
 
 
 # What a dimension is before a rule has assigned it. None would say "replicated".
@@ -147,7 +119,7 @@ def _constrain(
     return jax.lax.with_sharding_constraint(x, spec if mesh is None else NamedSharding(mesh, spec))
 
 
-def _is_logical_spec(x: Any) -> bool:
+def is_logical_spec(x: Any) -> bool:
     """Whether ``x`` is a leaf of the tree of axis names: None, or a tuple of names."""
     return x is None or (
         isinstance(x, tuple | PartitionSpec)
@@ -175,7 +147,7 @@ def with_logical_constraint(
     if not rules or logical_axis_resources is None:
         return x
     constrain = functools.partial(_constrain, rules=rules, mesh=mesh, fallback=fallback)
-    return jax.tree.map(constrain, logical_axis_resources, x, is_leaf=_is_logical_spec)
+    return jax.tree.map(constrain, logical_axis_resources, x, is_leaf=is_logical_spec)
 
 
 class LogicallyPartitioned(meta.Partitioned):

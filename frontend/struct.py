@@ -9,12 +9,23 @@ from typing import Any, Self, TypeVar, dataclass_transform, overload
 
 import jax
 
+from distaff.frontend.state_dict import (
+    fields_from_state_dict,
+    fields_to_state_dict,
+    register_serialization_state,
+)
+
 T = TypeVar("T")
 
 
 def field(pytree_node: bool = True, *, metadata: dict[str, Any] | None = None, **kwargs: Any) -> Any:
     """A dataclass field; with ``pytree_node=False`` it is static (part of the tree's structure, not a leaf)."""
     return dataclasses.field(metadata={**(metadata or {}), "pytree_node": pytree_node}, **kwargs)
+
+
+def _replace(self: T, **updates: Any) -> T:
+    """A copy with the given fields replaced."""
+    return dataclasses.replace(self, **updates)  # type: ignore[type-var]
 
 
 @overload
@@ -25,7 +36,8 @@ def dataclass(**kwargs: Any) -> Callable[[type[T]], type[T]]: ...
 def dataclass(clz: type[T] | None = None, **kwargs: Any) -> type[T] | Callable[[type[T]], type[T]]:
     """Make a class a frozen dataclass, a pytree node, and give it ``replace(**updates)``.
 
-    Fields made with ``field(pytree_node=False)`` are static and must be hashable; all others are children.
+    Fields made with ``field(pytree_node=False)`` are static and must be hashable; all others are children, and what
+    ``serialization.to_state_dict`` keeps. ``kwargs``, such as ``kw_only=True``, are those of ``dataclasses.dataclass``.
     """
     if clz is None:
         return functools.partial(dataclass, **kwargs)
@@ -33,12 +45,16 @@ def dataclass(clz: type[T] | None = None, **kwargs: Any) -> type[T] | Callable[[
         return clz
     cls: Any = dataclasses.dataclass(**{"frozen": True, **kwargs})(clz)
     nodes = {f.name: f.metadata.get("pytree_node", True) for f in dataclasses.fields(cls)}
-    cls.replace = dataclasses.replace
+    data_fields = [name for name, is_node in nodes.items() if is_node]
+    cls.replace = _replace
     cls._flax_dataclass = True
     jax.tree_util.register_dataclass(
+        cls, data_fields=data_fields, meta_fields=[name for name, is_node in nodes.items() if not is_node]
+    )
+    register_serialization_state(
         cls,
-        data_fields=[name for name, is_node in nodes.items() if is_node],
-        meta_fields=[name for name, is_node in nodes.items() if not is_node],
+        lambda x: fields_to_state_dict(x, data_fields),
+        lambda x, state: x.replace(**fields_from_state_dict(x, state, data_fields)),
     )
     return cls  # type: ignore[no-any-return]
 

@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 CANDIDATES = 128
 INVALID_TOKEN = -1  # sampled where a row's logits are NaN or infinite, or where masks leave no token
 _BLOCK = 256
 _INFINITY = 0x7F800000  # the bits of float32 infinity
-_LARGEST = float(jnp.finfo(jnp.float32).max)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class SamplingRows(NamedTuple):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import export
 
 from distaff.compiler.artifact import EXECUTABLES, PROGRAMS, ArtifactError, Manifest, ProgramSpec
+from distaff.kernels import native
 from distaff.kernels.paged_attention import StepBatch, batch_shapes
 from distaff.runtime.executables import ExecutableCache, compilations
 from distaff.runtime.platforms import choose_num_pages, memory_limit
@@ -53,6 +54,7 @@ class ModelRunner:
         self._progress = progress
         self._device = jax.devices()[0]
         _check_platform(manifest)
+        _check_kernels(manifest)
         self.num_pages = choose_num_pages(
             manifest, memory_limit(self._device), num_pages=num_pages, kv_cache_bytes=kv_cache_bytes
         )
@@ -172,6 +174,16 @@ def _call_exported(programs: Path, program: ProgramSpec, *arguments: jax.Array) 
     if hashlib.sha256(blob).hexdigest() != program.sha256:
         raise ArtifactError(f"{file} is damaged: its SHA-256 is not the manifest's; compile the model again")
     return export.deserialize(bytearray(blob)).call(*arguments)
+
+
+def _check_kernels(manifest: Manifest) -> None:
+    missing = set(manifest.custom_calls) - native.register()
+    if missing:
+        built = "of this version lacks them" if native.available() else "was installed without native kernels"
+        raise ArtifactError(
+            f"the programs call the native kernels {', '.join(sorted(missing))}, and this distaff {built}; install it "
+            "where there is a C++ compiler, or compile the model again here"
+        )
 
 
 def _check_platform(manifest: Manifest) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from distaff.kernels.paged_attention import AttentionSpec, StepBatch, write_pages, xla
+from distaff.kernels.paged_attention import AttentionSpec, StepBatch, xla
 
 PAGE, CONTEXTS, MAX_LEN = 16, (100, 600), 2048
 
@@ -88,9 +88,11 @@ def step(
     x = q
     for layer in range(layers):
         # Like a model's, the next keys depend on the last attention; otherwise XLA copies the pool to keep the order.
-        k_pages = write_pages(k_pages, layer, batch.slots, k + x[:, : k.shape[1]])
-        v_pages = write_pages(v_pages, layer, batch.slots, v + x[:, : v.shape[1]])
-        x = q + 0.1 * xla.attention(spec, x, k_pages, v_pages, layer, batch, None, blocks=blocks)
+        rows = k + x[:, : k.shape[1]], v + x[:, : v.shape[1]]
+        attended, k_pages, v_pages = xla.attention(
+            spec, x, *rows, k_pages, v_pages, layer, batch, None, None, blocks=blocks
+        )
+        x = q + 0.1 * attended
     return x, k_pages, v_pages
 
 

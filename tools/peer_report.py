@@ -19,18 +19,22 @@ _COLUMNS = (
     ("output_per_s", "output tokens/s"),
     ("total_per_s", "total tokens/s"),
     ("decode_per_s", "alone: decode tokens/s"),
+    ("long_prompt_s", "512-token prompt to token [s]"),
+    ("shared_prefix_s", "32 requests sharing 400 tokens [s]"),
     ("peak_mib", "peak memory [MiB]"),
     ("agreement", "same first tokens"),
+    ("spread", "spread of rounds"),
     ("note", "note"),
 )
-_PANELS = ("output_per_s", "decode_per_s", "startup_s", "peak_mib")
+_PANELS = ("output_per_s", "decode_per_s", "long_prompt_s", "shared_prefix_s", "startup_s", "peak_mib")
 
 
 @dataclasses.dataclass
 class Row:
     """The results of an engine; without them, ``note`` has the reason.
 
-    ``agreement`` is the share of requests whose first tokens are those of distaff's float32.
+    ``agreement`` is the share of requests whose first tokens are those of distaff's float32; ``spread`` the range of
+    the rounds' times for all requests over their median.
     """
 
     engine: str
@@ -40,8 +44,11 @@ class Row:
     output_per_s: float | None = None
     total_per_s: float | None = None
     decode_per_s: float | None = None
+    long_prompt_s: float | None = None
+    shared_prefix_s: float | None = None
     peak_mib: float | None = None
     agreement: float | None = None
+    spread: float | None = None
     note: str = ""
 
     def cells(self) -> list[str]:
@@ -90,7 +97,7 @@ def write_plot(path: Path, rows: Sequence[Row]) -> None:
     figure, panels = pyplot.subplots(1, len(_PANELS), figsize=(3.2 * len(_PANELS), 1 + 0.5 * len(shown)), sharey=True)
     for axes, name in zip(panels, _PANELS, strict=True):
         bars = axes.barh(labels, [getattr(row, name) or 0.0 for row in shown])
-        axes.bar_label(bars, fmt="{:,.0f}", padding=2)
+        axes.bar_label(bars, fmt="{:,.2f}" if name.endswith("prefix_s") or "prompt" in name else "{:,.0f}", padding=2)
         axes.margins(x=0.25)
         axes.set_xlabel(dict(_COLUMNS)[name])
     figure.tight_layout()
@@ -103,4 +110,6 @@ def _text(name: str, value: float | str | None) -> str:
         return "–"
     if isinstance(value, str):
         return value
-    return f"{value:.0%}" if name == "agreement" else f"{value:,.1f}"
+    if name in ("agreement", "spread"):
+        return f"{value:.0%}"
+    return f"{value:.2f}" if name.endswith("_s") and not name.endswith("per_s") else f"{value:,.1f}"

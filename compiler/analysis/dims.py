@@ -79,6 +79,12 @@ def _squeeze(params: dict[str, Any], shapes: list[Shape], out: Shape) -> list[Di
     return [_without({int(d) for d in params["dimensions"]}, len(shapes[0]), GONE)]
 
 
+def _stack(params: dict[str, Any], shapes: list[Shape], out: Shape) -> list[DimMap]:
+    """Operands side by side along a new dimension."""
+    axis = int(params["axis"])
+    return [tuple(i + (i >= axis) for i in range(len(s))) for s in shapes]
+
+
 def _expand_dims(params: dict[str, Any], shapes: list[Shape], out: Shape) -> list[DimMap]:
     added = {int(d) for d in params["dimensions"]}
     return [tuple(i for i in range(len(out)) if i not in added)]
@@ -171,6 +177,7 @@ _RULES: dict[str, Rule] = {
     "broadcast_in_dim": _broadcast_in_dim,
     "transpose": _transpose,
     "squeeze": _squeeze,
+    "stack": _stack,
     "expand_dims": _expand_dims,
     "reshape": _reshape,
     "dot_general": _dot_general,

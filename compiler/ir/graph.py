@@ -1,7 +1,7 @@
 """The IR: a small SSA graph over JAX primitives and a few operations of our own.
 
 Capture makes it flat (calls inlined, loops over layers unrolled), so a pass sees one list of nodes. Operations of our
-own (`ATTENTION`, `ROW_PROGRAM`) have no primitive; they are raised by passes and expanded by lowering.
+own (`ATTENTION`, `MATMUL` and so on) have no primitive; they are raised by passes and expanded by lowering.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from distaff.compiler.ir.types import TensorType
 
 ATTENTION = "distaff.attention"
 ROW_PROGRAM = "distaff.row_program"
+MATMUL = "distaff.matmul"
+EMBED = "distaff.embed"
 
 
 @dataclasses.dataclass(eq=False)

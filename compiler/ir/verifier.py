@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from distaff.compiler.errors import VerificationError
-from distaff.compiler.ir.graph import ATTENTION, ROW_PROGRAM, Graph
+from distaff.compiler.ir.graph import ATTENTION, EMBED, MATMUL, ROW_PROGRAM, Graph
 
-_OWN = frozenset({ATTENTION, ROW_PROGRAM})
+_OWN = frozenset({ATTENTION, ROW_PROGRAM, MATMUL, EMBED})
 
 
 def verify(graph: Graph, after: str) -> None:

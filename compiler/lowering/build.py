@@ -103,6 +103,7 @@ def build_artifact(
             page_size=page_size,
             num_pages=num_pages,
             fixed_num_pages=exporter.fixed_because is not None,
+            custom_calls=tuple(sorted(frozenset[str]().union(*(program.custom_calls for program in programs)))),
             dtype=_main_dtype(step),
             platform=platform,
             caches=step.caches,
@@ -170,7 +171,9 @@ def _write(path: Path, blob: bytes) -> None:
 
 
 def _main_dtype(step: ServeStep) -> str:
-    """The dtype in which most bytes of the weights are."""
+    """The number format of the packed weights, or the dtype in which most bytes of plain ones are."""
+    if step.weight_format is not None:
+        return step.weight_format
     sizes: Counter[str] = Counter()
     for weight in step.weights.values():
         sizes[str(weight.dtype)] += weight.nbytes

@@ -11,14 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff.compiler import jax_compat
+from distaff.compiler.analysis.functions import ACTIVATIONS
 from distaff.compiler.analysis.tokens import Kind
-from distaff.compiler.ir import ATTENTION, ROW_PROGRAM, Node, Value
+from distaff.compiler.ir import ATTENTION, EMBED, MATMUL, ROW_PROGRAM, Node, Value
 from distaff.compiler.ir.evaluate import Evaluator
 from distaff.compiler.ir.types import KEY, QUERY, TOKENS
+from distaff.compiler.passes.matmul import ProductSpec
+from distaff.compiler.passes.pack import padded_columns
 from distaff.compiler.passes.regions import Region
 from distaff.compiler.passes.roll import LayerLoop
 from distaff.compiler.passes.serve import ServePlan, Slot
 from distaff.compiler.serve_step import StepFunction
+from distaff.kernels.matmul import embed_rows, matmul
 from distaff.kernels.paged_attention import StepBatch, paged_attention, read_context, write_pages
 
 _ROW_BLOCK = 8  # tokens of a row program that are evaluated together
@@ -98,6 +102,7 @@ class _Body(Evaluator):
         self.plan, self.pages, self.batch = plan, pages, batch
         self.weights = known
         self.layer_offset: int | jax.Array = 0
+        self.live: jax.Array | None = batch.starts[-1] if count > 1 else None  # what comes after is padding
 
     def run_loop(self, loop: LayerLoop, stacks: Mapping[int, jax.Array]) -> None:
         """Evaluates the body with repeated layers in one `jax.lax.scan`; pages are carried and stay in place."""
@@ -128,12 +133,75 @@ class _Body(Evaluator):
             return [self.attention(node)]
         if node.op == ROW_PROGRAM:
             return [self.row_program(node)]
+        if node.op == MATMUL:
+            return self.matmul(node)
+        if node.op == EMBED:
+            return [self.embed(node)]
         return super().apply(node)
 
     def rows(self, value: Value) -> jax.Array:
         """A token value as [T, values of one token]."""
         array = jnp.moveaxis(self[value], value.type.token_dims[0], 0)
         return array.reshape(array.shape[0], -1)
+
+    def of_rows(self, value: Value, rows: jax.Array) -> jax.Array:
+        """The token value whose `rows` these are."""
+        tokens = rows.reshape(rows.shape[0], *value.type.per_token()).astype(value.type.dtype)
+        return jnp.moveaxis(tokens, 0, value.type.token_dims[0])
+
+    def matmul(self, node: Node) -> list[jax.Array]:
+        spec: ProductSpec = node.params["spec"]
+        if spec.format is None:
+            return self.plain_matmul(spec, node)
+        operands = dict(zip(spec.operands, node.inputs, strict=True))
+        joined = len(spec.columns) > 1 and not spec.gated
+        widths = [padded_columns(columns) if joined else columns for columns in spec.columns]
+        results = matmul(
+            self.rows(operands["x"]),
+            self.packed(operands),
+            format=spec.format,
+            rows=spec.rows,
+            columns=sum(widths),
+            norm_weight=self[operands["norm"]] if "norm" in operands else None,
+            norm_eps=spec.norm_epsilon,
+            bias=self[operands["bias"]] if "bias" in operands else None,
+            activation=spec.activation,
+            gated=spec.gated,
+            residual=self.rows(operands["residual"]) if "residual" in operands else None,
+            live=self.live,
+            parts=spec.columns if joined else (),
+        )
+        return [self.of_rows(value, rows) for value, rows in zip(node.outputs, results, strict=True)]
+
+    def packed(self, operands: Mapping[str, Value]) -> list[jax.Array]:
+        return [self[operands[role]] for role in ("values", "scales", "offsets") if role in operands]
+
+    def plain_matmul(self, spec: ProductSpec, node: Node) -> list[jax.Array]:
+        """What `matmul` means, with weights as the model has them: the definition that packing is checked against."""
+        arrays = [(role, self[v]) for role, v in zip(spec.operands, node.inputs, strict=True)]
+        known, weights = dict(arrays), [a for role, a in arrays if role == "weight"]
+        x = self.rows(node.inputs[spec.operands.index("x")]).astype(jnp.float32)
+        if spec.norm_epsilon is not None:
+            x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + spec.norm_epsilon) * known["norm"]
+        results = [x @ weight for weight in weights]
+        if "bias" in known:
+            starts = np.cumsum((0, *spec.columns))
+            results = [r + known["bias"][a:b] for r, a, b in zip(results, starts[:-1], starts[1:], strict=True)]
+        if spec.activation is not None:
+            activated = ACTIVATIONS[spec.activation](results[0])
+            results = [activated * results[1] if spec.gated else activated]
+        if "residual" in known:
+            results[0] = results[0] + self.rows(node.inputs[spec.operands.index("residual")])
+        return [self.of_rows(value, rows) for value, rows in zip(node.outputs, results, strict=True)]
+
+    def embed(self, node: Node) -> jax.Array:
+        spec: ProductSpec = node.params["spec"]
+        operands = dict(zip(spec.operands, node.inputs, strict=True))
+        if spec.format is None:
+            return self.of_rows(node.output, self[operands["weight"]].T[self.rows(operands["x"])[:, 0]])
+        tokens = self.rows(operands["x"])[:, 0]
+        rows = embed_rows(self.packed(operands), tokens, format=spec.format, rows=spec.rows, columns=spec.columns[0])
+        return self.of_rows(node.output, rows)
 
     def write(self, slot: Slot, rows: jax.Array) -> None:
         cache, layer = slot
@@ -143,13 +211,14 @@ class _Body(Evaluator):
         pattern, spec = node.params["pattern"], node.params["spec"]
         query, key, value = (
             arrange(self.rows(v), layout)
-            for v, layout in zip(node.inputs, (pattern.query, pattern.key, pattern.value), strict=True)
+            for v, layout in zip(node.inputs[:3], (pattern.query, pattern.key, pattern.value), strict=True)
         )
-        slots = self.plan.slots[id(node)]
-        for slot, rows in zip(slots, (key, value), strict=True):
-            self.write(slot, rows)
-        (k, layer), (v, _) = slots
-        result = paged_attention(spec, query, self.pages[k], self.pages[v], self.layer_offset + layer, self.batch)
+        rotary = None if spec.rotary is None else (self[node.inputs[3]], self[node.inputs[4]])
+        (k, layer), (v, _) = self.plan.slots[id(node)]
+        pools = self.pages[k], self.pages[v]
+        result, self.pages[k], self.pages[v] = paged_attention(
+            spec, query, key, value, *pools, self.layer_offset + layer, self.batch, rotary=rotary
+        )
         flat = arrange(result.reshape(result.shape[0], -1), pattern.output).astype(node.output.type.dtype)
         return jnp.moveaxis(flat, 0, node.output.type.token_dims[0])
 
@@ -193,26 +262,37 @@ class _Body(Evaluator):
 
 
 def _tail(plan: ServePlan, body: _Body, batch: StepBatch) -> jax.Array:
-    """The tail for each sampled token by itself: the plain program at length one, at that token's position."""
-    samples = batch.samples
-    gathered = {
-        i: jnp.moveaxis(jnp.take(body[v], samples, axis=v.type.token_dims[0]), v.type.token_dims[0], 0)
-        for i, v in enumerate(plan.boundary)
-    }
-    constants = {i: a for i, a in body.known.items() if not isinstance(a, dict) and i not in _data_ids(plan)}
+    """Logits of the sampled tokens: the rest of the body on them, then what follows the choice of a last one."""
+    samples, data = batch.samples, _data_ids(plan)
+    known = {i: a for i, a in body.known.items() if not isinstance(a, dict) and i not in data}
+    known |= {id(v): jnp.take(body[v], samples, axis=v.type.token_dims[0]) for v in plan.boundary}
+    chosen = batch._replace(tokens=batch.tokens[samples], positions=batch.positions[samples])
+    tail = _Body(plan, known, body.pages, chosen)
+    # Samples stand in front, and where there are as many as requests, there is no more than one of each.
+    requests = jnp.sum(batch.contexts > 0, dtype=jnp.int32)
+    tail.live = requests if samples.shape == batch.contexts.shape else None
+    of_request = [n for n in plan.tail if plan.classes[n.outputs[0]] is Kind.REQUEST]
+    tail.run(n for n in plan.tail if plan.classes[n.outputs[0]] is not Kind.REQUEST)
+    (output,) = plan.graph.outputs
+    logits = _of_last_tokens(plan, tail, of_request) if of_request else tail.rows(output)
+    return logits.astype(jnp.float32)
+
+
+def _of_last_tokens(plan: ServePlan, tail: _Body, nodes: Sequence[Node]) -> jax.Array:
+    """What ``nodes`` make of each sampled token by itself: the plain program at length one, as its last token."""
+    taken = {id(v): v for n in nodes for v in n.inputs if plan.classes.kinds.get(id(v)) is Kind.TOKEN}
+    rows = {i: jnp.moveaxis(tail[v], v.type.token_dims[0], 0) for i, v in taken.items()}
+    constants = {i: a for i, a in tail.known.items() if i not in taken}
     (output,) = plan.graph.outputs
 
-    def one(position: jax.Array, rows: dict[int, jax.Array]) -> jax.Array:
-        known = dict(constants)
-        for i, array in rows.items():
-            value = plan.boundary[i]
-            known[id(value)] = jnp.expand_dims(array, value.type.token_dims[0])
-        evaluator = Evaluator({TOKENS: 1}, {TOKENS: position[None]}, known)
-        evaluator.run(plan.tail)
+    def one(mine: dict[int, jax.Array]) -> jax.Array:
+        tokens = {i: jnp.expand_dims(array, taken[i].type.token_dims[0]) for i, array in mine.items()}
+        evaluator = Evaluator({TOKENS: 1}, {}, {**constants, **tokens})
+        evaluator.run(nodes)
         return jnp.reshape(evaluator[output], (plan.vocab_size,))
 
     with jax_compat.at_location(output.node.location if output.node is not None else plan.graph.nodes[-1].location):
-        return jax.vmap(one)(batch.positions[samples], gathered).astype(jnp.float32)
+        return jax.vmap(one)(rows)
 
 
 def _data_ids(plan: ServePlan) -> set[int]:

@@ -19,8 +19,9 @@ from jax import export
 from distaff.compiler.artifact import ProgramSpec
 from distaff.compiler.buckets import Bucket
 from distaff.compiler.errors import CompileError
-from distaff.compiler.lowering.stablehlo import donated_arguments, operation_counts, source_files
+from distaff.compiler.lowering.stablehlo import custom_calls, donated_arguments, operation_counts, source_files
 from distaff.compiler.serve_step import ServeStep
+from distaff.kernels import native
 from distaff.kernels.paged_attention import StepBatch, batch_shapes
 
 
@@ -37,6 +38,7 @@ class ExportedProgram:
     seconds: float
     operations: dict[str, int]
     source_files: frozenset[str]
+    custom_calls: frozenset[str]
 
 
 class StepExporter:
@@ -71,7 +73,12 @@ class StepExporter:
             sha256=hashlib.sha256(blob).hexdigest(),
         )
         return ExportedProgram(
-            spec, blob, time.perf_counter() - began, operation_counts(text), frozenset(source_files(text))
+            spec,
+            blob,
+            time.perf_counter() - began,
+            operation_counts(text),
+            frozenset(source_files(text)),
+            frozenset(custom_calls(text) & native.register()),
         )
 
     def _export(self, bucket: Bucket) -> export.Exported:
@@ -89,7 +96,9 @@ class StepExporter:
 
     def _export_for(self, bucket: Bucket) -> export.Exported:
         jitted = jax.jit(self._flat(bucket), donate_argnums=tuple(sorted(self._page_positions)))
-        return export.export(jitted, platforms=[self._platform])(*self._arguments(bucket))
+        # Our own kernels keep their names and meaning; `ArtifactError` tells who lacks one.
+        ours = [export.DisabledSafetyCheck.custom_call(name) for name in sorted(native.register())]
+        return export.export(jitted, platforms=[self._platform], disabled_checks=ours)(*self._arguments(bucket))
 
     @property
     def _page_positions(self) -> set[int]:

@@ -14,7 +14,7 @@ import dataclasses
 from typing import Any
 
 from distaff.compiler.analysis.tokens import DATA
-from distaff.compiler.ir import ATTENTION, Node, Value
+from distaff.compiler.ir import ATTENTION, EMBED, MATMUL, Node, Value
 from distaff.compiler.ir.hashing import parameters_key
 from distaff.compiler.passes.serve import ServePlan
 
@@ -60,6 +60,8 @@ def _signature(node: Node) -> tuple[Any, ...]:
     types = tuple(str(v.type) for v in (*node.inputs, *node.outputs))
     if node.op == ATTENTION:
         return (node.op, id(node.params["spec"]), id(node.params["pattern"]), types)
+    if node.op in (MATMUL, EMBED):
+        return (node.op, node.params["spec"], types)
     if node.primitive is None:
         return (id(node),)
     return (node.op, parameters_key(node.params), types)

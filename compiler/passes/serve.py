@@ -40,8 +40,11 @@ class ServePlan:
     vocab_size: int
 
 
-def plan_serving(graph: Graph, classes: TokenClasses) -> ServePlan:
-    """Plans the step of a graph whose attention has been raised; raises `ModelSignatureError` for wrong outputs."""
+def plan_serving(graph: Graph, classes: TokenClasses, *, kv_dtype: str | None = None) -> ServePlan:
+    """Plans the step of a graph whose attention has been raised; raises `ModelSignatureError` for wrong outputs.
+
+    ``kv_dtype`` is the floating point type that caches are kept in (default: that of the values themselves).
+    """
     vocab_size = _vocab_size(graph, classes)
     attentions = [n for n in graph.nodes if n.op in (ATTENTION, ROW_PROGRAM)]
     needed = {id(n) for n in ancestors([v for n in attentions for v in n.outputs])}
@@ -50,7 +53,7 @@ def plan_serving(graph: Graph, classes: TokenClasses) -> ServePlan:
     made = {id(v) for n in body for v in n.outputs} | {id(v) for v in graph.inputs}
     taken = [v for n in tail for v in n.inputs] + list(graph.outputs)
     boundary = {id(v): v for v in taken if id(v) in made and classes[v] in DATA}
-    caches, slots = _assign_caches(attentions)
+    caches, slots = _assign_caches(attentions, kv_dtype)
     return ServePlan(graph, classes, body, tail, tuple(boundary.values()), caches, slots, vocab_size)
 
 
@@ -69,7 +72,9 @@ def _vocab_size(graph: Graph, classes: TokenClasses) -> int:
     return shape[-1]
 
 
-def _assign_caches(attentions: list[Node]) -> tuple[tuple[CacheSpec, ...], dict[int, tuple[Slot, ...]]]:
+def _assign_caches(
+    attentions: list[Node], kv_dtype: str | None
+) -> tuple[tuple[CacheSpec, ...], dict[int, tuple[Slot, ...]]]:
     """Attentions that keep rows of the same shapes share buffers, a layer each; equal leaves are kept once.
 
     The buffers of one attention (key and value) are filled layer by layer together, so that a kernel finds both at the
@@ -79,7 +84,7 @@ def _assign_caches(attentions: list[Node]) -> tuple[tuple[CacheSpec, ...], dict[
     known: dict[tuple[tuple[int, bytes], ...], tuple[tuple[_Row, ...], int]] = {}
     places: dict[int, tuple[tuple[_Row, ...], int]] = {}
     for node in attentions:
-        rows = cached_rows(node)
+        rows = cached_rows(node, kv_dtype)
         group = tuple(row for row, _, _ in rows)
         identity = tuple((id(value), layout) for _, value, layout in rows)
         if identity not in known:
@@ -111,23 +116,25 @@ class _Row:
     dtype: str
 
 
-def cached_rows(node: Node) -> list[tuple[_Row, Value, bytes]]:
+def cached_rows(node: Node, kv_dtype: str | None = None) -> list[tuple[_Row, Value, bytes]]:
     """What an attention node writes for each token: the row, the value that it is made of, and a key of its layout."""
     if node.op == ATTENTION:
         pattern = node.params["pattern"]
         parts = (("key", node.inputs[1], pattern.key), ("value", node.inputs[2], pattern.value))
-        return [(_Row(role, p.shape, _storage(v)), v, p.tobytes()) for role, v, p in parts]
+        return [(_Row(role, p.shape, _storage(v, kv_dtype)), v, p.tobytes()) for role, v, p in parts]
     rows = []
     for value, axis in node.params["region"].leaves:
         if axis == KEY:
             shape = tuple(int(d) for d in value.type.per_token() if d != 1) or (1,)
-            rows.append((_Row("row", shape, _storage(value)), value, b""))
+            rows.append((_Row("row", shape, _storage(value, kv_dtype)), value, b""))
     return rows
 
 
-def _storage(value: Value) -> str:
+def _storage(value: Value, kv_dtype: str | None) -> str:
     """The dtype of a buffer: XLA:CPU converts a whole bfloat16 buffer to write one row, so it is kept as bits there."""
     dtype = str(value.type.dtype)
+    if kv_dtype is not None and "float" in dtype:
+        dtype = kv_dtype
     return "uint16" if dtype == "bfloat16" and jax.default_backend() == "cpu" else dtype
 
 

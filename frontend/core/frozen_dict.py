@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import jax
 
+from distaff.frontend import state_dict
+
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -113,6 +115,11 @@ class FrozenDict(Mapping[K, V]):
 
 
 jax.tree_util.register_pytree_with_keys_class(FrozenDict)
+state_dict.register_serialization_state(
+    FrozenDict,
+    lambda xs: state_dict.dict_to_state(xs._dict),
+    lambda xs, state: FrozenDict(state_dict.dict_from_state(xs._dict, state)),
+)
 
 
 def _thaw(value: Any) -> Any:

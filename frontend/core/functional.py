@@ -6,10 +6,12 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from distaff.frontend import errors
+import jax
+
+from distaff.frontend import errors, jax_compat
 from distaff.frontend.core.filters import CollectionFilter, in_filter
 from distaff.frontend.core.frozen_dict import unfreeze
-from distaff.frontend.core.rng import LazyRng, PRNGKey, is_valid_rngs
+from distaff.frontend.core.rng import LazyRng, PRNGKey, is_valid_rng, is_valid_rngs
 from distaff.frontend.core.scope import Scope
 
 
@@ -66,13 +68,45 @@ def init(
 ) -> Callable[..., Any]:
     """Turn ``fn(scope, *args)`` into ``(rngs, *args) -> (output, variables)``, starting from no variables.
 
-    ``rngs`` is a key, used for the stream ``params``, or a mapping of stream names to keys.
+    ``rngs`` is a key, used for the stream ``params``, or a mapping of stream names to keys; ValueError if neither.
     """
     run = apply(fn, mutable=mutable, flags={**(flags or {}), "initializing": True})
 
     @functools.wraps(fn)
     def call(rngs: PRNGKey | Mapping[str, PRNGKey | LazyRng], *args: Any, **kwargs: Any) -> Any:
+        if not is_valid_rng(rngs) and not is_valid_rngs(rngs):
+            raise ValueError(
+                f"The first argument of init is a random key, or a dict of random keys by stream name; got {rngs!r}."
+            )
         return run({}, *args, rngs=rngs, **kwargs)
+
+    return call
+
+
+def lazy_init(
+    fn: Callable[..., Any], mutable: CollectionFilter = True, flags: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """As ``init``, but the result takes ``jax.ShapeDtypeStruct`` for inputs of which only the shape matters.
+
+    It returns the variables alone, and computes nothing else. ``LazyInitError``: a variable depends on such an input.
+    """
+    return lazy_variables(lambda *args, **kwargs: init(fn, mutable, flags)(*args, **kwargs)[1])
+
+
+def lazy_variables(make: Callable[..., Any]) -> Callable[..., Any]:
+    """``make(*args, **kwargs)``, computing only what does not depend on ``jax.ShapeDtypeStruct`` arguments.
+
+    Raises:
+        LazyInitError: its result does.
+    """
+
+    @functools.wraps(make)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        made = jax_compat.evaluate_known(lambda args, kwargs: make(*args, **kwargs), args, kwargs)
+        for leaf in jax.tree.leaves(made):
+            if isinstance(leaf, jax_compat.Unknown):
+                raise errors.LazyInitError(leaf.aval)
+        return made
 
     return call
 

@@ -1,4 +1,4 @@
-"""The shapes that an initialiser would make, found without running it.
+"""What initialisers would do, found without running them: the shapes that they make, and whether they use their key.
 
 ``Scope.param`` checks every given parameter against its initialiser at every trace. Tracing the initialiser for that
 (``jax.eval_shape``) costs more than the rest of a layer, so it is done only for initialisers that are not known, and
@@ -26,6 +26,11 @@ def makes_requested_shape(init_fn: F) -> F:
     """Mark an initialiser ``(key, shape, ...)`` as one that returns an array of exactly that shape."""
     init_fn.makes_requested_shape = True  # type: ignore[attr-defined]
     return init_fn
+
+
+def ignores_key(init_fn: Callable[..., Any]) -> bool:
+    """Whether the value of an initialiser is known not to depend on its key, so that none needs to be made."""
+    return init_fn is jax.nn.initializers.zeros or init_fn is jax.nn.initializers.ones
 
 
 def initializer_shapes(init_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shapes:

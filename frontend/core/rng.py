@@ -73,6 +73,21 @@ class KeyCounters:
         """The counters of the child scope ``name``, the same ones at each call."""
         return self.children.setdefault(name, KeyCounters())
 
+    def flat(self) -> dict[tuple[str, ...], int]:
+        """The counts by path: the names of the children, then the stream."""
+        counts: dict[tuple[str, ...], int] = {(stream,): count for stream, count in self.drawn.items()}
+        for name, child in self.children.items():
+            counts.update({(name, *path): count for path, count in child.flat().items()})
+        return counts
+
+    def set_flat(self, counts: Mapping[tuple[str, ...], int]) -> None:
+        """Set the counts at these paths."""
+        for (*names, stream), count in counts.items():
+            counters = self
+            for name in names:
+                counters = counters.child(name)
+            counters.drawn[stream] = count
+
 
 def is_valid_rng(rng: Any) -> bool:
     """Whether ``rng`` is one random key, of the typed or of the raw uint32 kind."""

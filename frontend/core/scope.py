@@ -9,17 +9,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
 
 from distaff.frontend import errors
-from distaff.frontend.core import meta
+from distaff.frontend.core import meta, tracers
 from distaff.frontend.core.filters import CollectionFilter, in_filter
 from distaff.frontend.core.frozen_dict import FrozenDict
-from distaff.frontend.core.initializer_shapes import initializer_shapes
+from distaff.frontend.core.initializer_shapes import ignores_key, initializer_shapes
 from distaff.frontend.core.rng import KeyCounters, LazyRng, PRNGKey
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ class Scope:
 
     __slots__ = (  # noqa: RUF023 (in the order of __init__)
         "_variables", "rngs", "name", "mutable", "parent", "path", "debug_path", "flags", "_root", "key_counters",
-        "reservations", "adopted", "_invalid", "__weakref__",
+        "reservations", "adopted", "trace_level", "_invalid", "__weakref__",
     )  # fmt: skip
 
     def __init__(
@@ -104,6 +104,8 @@ class Scope:
         self.adopted: weakref.WeakValueDictionary[int, Any] = (
             parent.root.adopted if parent else weakref.WeakValueDictionary()
         )
+        # The JAX transform that the variables belong to.
+        self.trace_level: Hashable = parent.trace_level if parent else tracers.current_trace()
         self._invalid = False
 
     def __eq__(self, other: object) -> bool:
@@ -161,6 +163,7 @@ class Scope:
             self._variables, self.rngs, self.name, self.mutable, self.parent, self.path, self.debug_path, self.flags
         )
         scope.adopted = self.adopted
+        scope.trace_level = self.trace_level
         if not rewind_rngs:
             scope.key_counters = self.key_counters
         return scope
@@ -282,10 +285,12 @@ class Scope:
 
         Raises:
             ModifyScopeVariableError: the collection is not mutable.
+            JaxTransformError: the value belongs to a JAX transform that was entered inside the module.
         """
         self._check_valid()
         if not self.is_mutable_collection(col):
             raise errors.ModifyScopeVariableError(col, name, self.path_text)
+        tracers.check_no_leak(value, self.trace_level, f"{col}/{name}", self.path_text)
         _put(self._mutable_collection(col), name, value)
 
     def variable(
@@ -330,7 +335,8 @@ class Scope:
                 if self.is_collection_empty("params"):
                     raise errors.ScopeCollectionNotFound("params", name, self.path_text)
                 raise errors.ScopeParamNotFoundError(name, self.path_text)
-            value = init_fn(self.make_rng("params"), *init_args, **init_kwargs)
+            key = self.make_rng("params", needed=not ignores_key(init_fn))
+            value = init_fn(key, *init_args, **init_kwargs)
             self.put_variable("params", name, value)
         return meta.unbox(value) if unbox else value
 
@@ -345,8 +351,10 @@ class Scope:
         """Whether a random stream of this name was given."""
         return name in self.rngs
 
-    def make_rng(self, name: str = "params") -> PRNGKey:
+    def make_rng(self, name: str = "params", needed: bool = True) -> PRNGKey:
         """A new key from the stream, or from ``params`` if there is no such stream.
+
+        If it is not ``needed``, the draw counts and the key is that of the stream, which costs less.
 
         Raises:
             InvalidRngError: neither was given.
@@ -358,7 +366,9 @@ class Scope:
                 f'model.apply(variables, x, rngs={{"{name}": jax.random.key(0)}}).'
             )
         self._check_valid()
-        return LazyRng.create(self.rngs[stream], self.key_counters.next(stream)).as_jax_rng()
+        count = self.key_counters.next(stream)
+        rng = self.rngs[stream]
+        return LazyRng.create(rng, count).as_jax_rng() if needed else rng.rng
 
     def has_flag(self, key: str) -> bool:
         """Whether an internal mark is set."""

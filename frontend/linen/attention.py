@@ -20,7 +20,9 @@ from jax import lax
 from distaff.frontend.linen import initializers
 from distaff.frontend.linen.class_transform import compact, nowrap
 from distaff.frontend.linen.dtypes import Array, Dtype, promote_dtype
-from distaff.frontend.linen.linear import DenseGeneral, DotGeneral, Initializer, PrecisionLike, default_kernel_init
+from distaff.frontend.linen.fields import DotGeneral, Initializer, PrecisionLike
+from distaff.frontend.linen.initializers import default_kernel_init
+from distaff.frontend.linen.linear import DenseGeneral
 from distaff.frontend.linen.module import Module, merge_param
 from distaff.frontend.linen.normalization import LayerNorm
 
@@ -40,6 +42,54 @@ def _einsum(precision: PrecisionLike, dot_general: DotGeneral | None, replacemen
     if precision or dot_general:
         raise ValueError("Give either precision and einsum_dot_general, or a replacement for einsum, not both.")
     return replacement
+
+
+def _promoted(query: Array, key: Array, value: Array | None, dtype: Dtype | None) -> list[Any]:
+    """The arrays in the dtype to compute in; ValueError if their shapes do not fit together."""
+    _check(query.ndim == key.ndim, "query and key must have the same rank", query, key)
+    _check(query.shape[:-3] == key.shape[:-3], "query and key must have the same batch axes", query, key)
+    _check(query.shape[-2:] == key.shape[-2:], "query and key must have the same heads and depth", query, key)
+    if value is not None:
+        _check(key.ndim == value.ndim, "key and value must have the same rank", key, value)
+        _check(
+            key.shape[:-1] == value.shape[:-1], "key and value must have the same batch, length and heads", key, value
+        )
+    return promote_dtype(query, key, value, dtype=dtype)
+
+
+def _softmax_weights(
+    query: Array,
+    key: Array,
+    bias: Array | None,
+    mask: Array | None,
+    einsum: EinsumFunction,
+    force_fp32: bool,
+    module: Module | None,
+) -> Array:
+    """The weights before dropout, sown into ``module``."""
+    dtype = query.dtype
+    scaled = query / np.sqrt(np.float32(query.shape[-1])).astype(dtype)
+    weights = einsum("...qhd,...khd->...hqk", scaled, key)
+    if bias is not None:
+        weights = weights + bias
+    if mask is not None:
+        weights = jnp.where(mask, weights, jnp.finfo(dtype).min)  # type: ignore[no-untyped-call]
+    if force_fp32 and dtype != jnp.float32:
+        weights = jax.nn.softmax(weights.astype(jnp.float32))
+    else:
+        weights = jax.nn.softmax(weights).astype(dtype)
+    if module is not None:
+        module.sow("intermediates", "attention_weights", weights)
+    return weights
+
+
+def _dropped(weights: Array, broadcast: bool, rng: jax.Array | None, rate: float, dtype: Dtype) -> Array:
+    """The weights, each zero with probability ``rate`` and the others scaled."""
+    if rng is None:
+        raise ValueError("Attention dropout needs dropout_rng, or deterministic=True.")
+    shape = (1,) * (weights.ndim - 2) + weights.shape[-2:] if broadcast else weights.shape
+    keep = jax.random.bernoulli(rng, 1.0 - rate, shape)
+    return weights * (keep.astype(dtype) / jnp.asarray(1.0 - rate, dtype))
 
 
 def dot_product_attention_weights(
@@ -76,32 +126,11 @@ def dot_product_attention_weights(
         ValueError: the shapes do not fit together.
     """
     einsum = _einsum(precision, einsum_dot_general, einsum)
-    query, key = promote_dtype(query, key, dtype=dtype)
-    dtype = query.dtype
-    _check(query.ndim == key.ndim, "query and key must have the same rank", query, key)
-    _check(query.shape[:-3] == key.shape[:-3], "query and key must have the same batch axes", query, key)
-    _check(query.shape[-2:] == key.shape[-2:], "query and key must have the same heads and depth", query, key)
-
-    scaled = query / np.sqrt(np.float32(query.shape[-1])).astype(dtype)
-    weights = einsum("...qhd,...khd->...hqk", scaled, key)
-    if bias is not None:
-        weights = weights + bias
-    if mask is not None:
-        weights = jnp.where(mask, weights, jnp.finfo(dtype).min)  # type: ignore[no-untyped-call]
-    if force_fp32_for_softmax and dtype != jnp.float32:
-        weights = jax.nn.softmax(weights.astype(jnp.float32))
-    else:
-        weights = jax.nn.softmax(weights).astype(dtype)
-    if module is not None:
-        module.sow("intermediates", "attention_weights", weights)
-
-    if not deterministic and dropout_rate > 0.0:
-        if dropout_rng is None:
-            raise ValueError("Attention dropout needs dropout_rng, or deterministic=True.")
-        shape = (1,) * (key.ndim - 2) + weights.shape[-2:] if broadcast_dropout else weights.shape
-        keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, shape)
-        weights = weights * (keep.astype(dtype) / jnp.asarray(1.0 - dropout_rate, dtype))
-    return weights
+    query, key, _ = _promoted(query, key, None, dtype)
+    weights = _softmax_weights(query, key, bias, mask, einsum, force_fp32_for_softmax, module)
+    if deterministic or dropout_rate == 0.0:
+        return weights
+    return _dropped(weights, broadcast_dropout, dropout_rng, dropout_rate, query.dtype)
 
 
 def dot_product_attention(
@@ -131,27 +160,13 @@ def dot_product_attention(
     """
     if (qk_attn_weights_einsum is None) != (attn_weights_value_einsum is None):
         raise ValueError("Give both of qk_attn_weights_einsum and attn_weights_value_einsum, or neither.")
-    query, key, value = promote_dtype(query, key, value, dtype=dtype)
-    _check(key.ndim == value.ndim, "key and value must have the same rank", key, value)
-    _check(key.shape[:-1] == value.shape[:-1], "key and value must have the same batch, length and heads", key, value)
-    weights = dot_product_attention_weights(
-        query,
-        key,
-        bias,
-        mask,
-        broadcast_dropout,
-        dropout_rng,
-        dropout_rate,
-        deterministic,
-        query.dtype,
-        precision,
-        module,
-        force_fp32_for_softmax,
-        einsum_dot_general,
-        qk_attn_weights_einsum,
-    )
-    einsum = _einsum(precision, einsum_dot_general, attn_weights_value_einsum)
-    return einsum("...hqk,...khd->...qhd", weights, value)  # type: ignore[no-any-return]
+    qk_einsum = _einsum(precision, einsum_dot_general, qk_attn_weights_einsum)
+    value_einsum = _einsum(precision, einsum_dot_general, attn_weights_value_einsum)
+    query, key, value = _promoted(query, key, value, dtype)
+    weights = _softmax_weights(query, key, bias, mask, qk_einsum, force_fp32_for_softmax, module)
+    if not deterministic and dropout_rate > 0.0:
+        weights = _dropped(weights, broadcast_dropout, dropout_rng, dropout_rate, query.dtype)
+    return value_einsum("...hqk,...khd->...qhd", weights, value)  # type: ignore[no-any-return]
 
 
 class MultiHeadDotProductAttention(Module):
@@ -325,7 +340,15 @@ def _key_value_inputs(
         if inputs_v is not None:
             raise ValueError("Give inputs_k if inputs_v is given; for both the same, give inputs_k alone.")
         inputs_k = inputs_q
-    return inputs_k, inputs_k if inputs_v is None else inputs_v
+    if inputs_v is None:
+        return inputs_k, inputs_k
+    if inputs_v.shape[-1] == inputs_v.shape[-2]:
+        warnings.warn(
+            f"inputs_v has the shape {inputs_v.shape}, which looks like a mask's; a mask is passed as mask=….",
+            DeprecationWarning,
+            stacklevel=4,
+        )
+    return inputs_k, inputs_v
 
 
 class MultiHeadAttention(MultiHeadDotProductAttention):
@@ -345,6 +368,11 @@ class SelfAttention(MultiHeadDotProductAttention):
         sow_weights: bool = False,
     ) -> Array:
         """Attend from ``inputs_q`` to itself."""
+        warnings.warn(
+            "SelfAttention is deprecated; use MultiHeadDotProductAttention, and call it with inputs_q alone.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
         return super().__call__(
             inputs_q, mask=mask, deterministic=deterministic, dropout_rng=dropout_rng, sow_weights=sow_weights
         )

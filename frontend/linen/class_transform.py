@@ -47,6 +47,30 @@ def nowrap(fun: F) -> F:
     return fun
 
 
+def compact_name_scope(fun: F) -> F:
+    """Let a method create submodules where it uses them, below a level of the tree that has the method's name.
+
+    >>> class Codec(nn.Module):
+    ...     @nn.compact_name_scope
+    ...     def encode(self, x):
+    ...         return nn.Dense(2)(x)  # parameters at encode/Dense_0
+    """
+    name = fun.__name__
+
+    @functools.wraps(fun)
+    def method(module: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(module, "_name_scopes"):
+            raise ValueError(
+                f"Cannot call the compact_name_scope method {name!r} on a module that is not set up. Call it inside "
+                "init, apply or bind, and not in setup()."
+            )
+        return module._name_scopes[name](*args, **kwargs)
+
+    method.compact_name_scope = True  # type: ignore[attr-defined]
+    method.nowrap = True  # type: ignore[attr-defined]
+    return method  # type: ignore[return-value]
+
+
 def make_dataclass(cls: Any, kw_only: bool) -> None:
     """Make a module class a dataclass in place, with the keyword-only fields ``parent`` and ``name``."""
     annotations = inspect.get_annotations(cls)
@@ -62,6 +86,8 @@ def make_dataclass(cls: Any, kw_only: bool) -> None:
     dataclasses.dataclass(repr=False, kw_only=kw_only, unsafe_hash="__hash__" not in cls.__dict__)(cls)
     if not hasattr(cls.__hash__, "of_unbound"):
         cls.__hash__ = _hash_of_unbound(cls.__hash__)
+    scoped = [name for name, value in cls.__dict__.items() if hasattr(value, "compact_name_scope")]
+    cls._name_scope_methods = (*cls._name_scope_methods, *(n for n in scoped if n not in cls._name_scope_methods))
     cls._config_fields = tuple(f.name for f in dataclasses.fields(cls) if f.init and f.name not in _RESERVED)
 
 

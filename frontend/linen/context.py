@@ -47,7 +47,7 @@ Interceptor: TypeAlias = Callable[
 def intercept_methods(interceptor: Interceptor) -> Iterator[None]:
     """Call ``interceptor(next_method, args, kwargs, context)`` in place of every module method in the ``with`` block.
 
-    It decides whether, and with what, to call ``next_method``. The last one registered is the first one called.
+    It decides whether, and with what, to call ``next_method``. Interceptors are called in the order of registration.
     Methods marked ``nn.nowrap`` are not intercepted.
     """
     context.interceptors.append(interceptor)
@@ -65,7 +65,7 @@ def intercepted(fun: Callable[..., Any], module: Module, name: str) -> Callable[
     def wrap(interceptor: Interceptor, inner: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: interceptor(inner, args, kwargs, about)
 
-    for interceptor in context.interceptors:
+    for interceptor in reversed(context.interceptors):
         call = wrap(interceptor, call)
     return call
 

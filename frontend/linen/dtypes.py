@@ -18,7 +18,8 @@ def canonicalize_dtype(*args: Any, dtype: Dtype | None = None, inexact: bool = T
     With ``inexact``, integers count as float32, and ValueError refuses a ``dtype`` that is not floating or complex.
     """
     if dtype is None:
-        dtype = jnp.result_type(*(jnp.asarray(x) for x in args if x is not None))
+        arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in args if x is not None]
+        dtype = _common_dtype(arrays) or jnp.result_type(*arrays)
         if inexact and not jnp.issubdtype(dtype, jnp.inexact):
             dtype = jnp.promote_types(jnp.float32, dtype)
     if inexact and not jnp.issubdtype(dtype, jnp.inexact):
@@ -30,6 +31,12 @@ def promote_dtype(*args: Any, dtype: Dtype | None = None, inexact: bool = True) 
     """The arguments as arrays of one dtype, chosen by ``canonicalize_dtype``; None stays None."""
     dtype = canonicalize_dtype(*args, dtype=dtype, inexact=inexact)
     return [x if x is None or _has_dtype(x, dtype) else jnp.asarray(x, dtype) for x in args]
+
+
+def _common_dtype(arrays: list[jax.Array]) -> Dtype | None:
+    """The dtype that all arrays have, if they do; to know that is cheaper than to promote."""
+    dtypes = {x.dtype for x in arrays}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _has_dtype(x: Any, dtype: Dtype) -> bool:

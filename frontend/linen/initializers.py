@@ -25,6 +25,9 @@ from jax.nn.initializers import zeros as zeros
 
 Initializer: TypeAlias = _JaxInitializer
 
+# Of the kernels of all layers that have no other.
+default_kernel_init = lecun_normal()
+
 
 def zeros_init() -> Initializer:
     """The initialiser that returns zeros."""

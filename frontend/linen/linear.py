@@ -1,10 +1,10 @@
-"""Linear layers: ``Dense``, ``DenseGeneral``, ``Einsum`` and ``Embed``."""
+"""Linear layers: ``Dense``, ``DenseGeneral``, ``Einsum`` and ``Embed``; and the convolutions' names."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +13,16 @@ from jax import lax
 from distaff.frontend.core.initializer_shapes import makes_requested_shape
 from distaff.frontend.linen import initializers
 from distaff.frontend.linen.class_transform import compact
+from distaff.frontend.linen.convolution import Conv as Conv
+from distaff.frontend.linen.convolution import ConvLocal as ConvLocal
+from distaff.frontend.linen.convolution import ConvTranspose as ConvTranspose
+from distaff.frontend.linen.convolution import canonicalize_padding as canonicalize_padding
 from distaff.frontend.linen.dtypes import Array, Dtype, promote_dtype
+from distaff.frontend.linen.fields import Axes, DotGeneral, Initializer, PrecisionLike, as_tuple, axes_from_front
+from distaff.frontend.linen.initializers import default_kernel_init as default_kernel_init
 from distaff.frontend.linen.module import Module, merge_param
 
-Initializer: TypeAlias = Callable[..., Any]
-# lax.Precision, its name, a pair of either, or None for the default.
-PrecisionLike: TypeAlias = Any
-DotGeneral: TypeAlias = Callable[..., Array]
-
-default_kernel_init = initializers.lecun_normal()
 default_embed_init = initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
-
-
-def _tuple(x: int | Sequence[int]) -> tuple[int, ...]:
-    return tuple(x) if isinstance(x, Sequence) else (x,)
-
-
-def _axes(axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    """Axes counted from the front, in order."""
-    return tuple(sorted(axis % ndim if axis < 0 else axis for axis in _tuple(axes)))
 
 
 class Dense(Module):
@@ -65,14 +56,7 @@ class Dense(Module):
     @compact
     def __call__(self, inputs: Array) -> Array:
         """Apply the layer to ``inputs`` [..., inputs]."""
-        kernel = self.param("kernel", self.kernel_init, (jnp.shape(inputs)[-1], self.features), self.param_dtype)
-        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
-        inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        dot_general = self.dot_general_cls() if self.dot_general_cls else self.dot_general or lax.dot_general
-        y = dot_general(inputs, kernel, (((inputs.ndim - 1,), (0,)), ((), ())), precision=self.precision)
-        if bias is not None:
-            y += jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
-        return y
+        return _project(self, inputs, (self.features,), axis=(inputs.ndim - 1,), batch_dims=())
 
 
 class DenseGeneral(Module):
@@ -90,7 +74,7 @@ class DenseGeneral(Module):
     """
 
     features: int | Sequence[int]
-    axis: int | Sequence[int] = -1
+    axis: Axes = -1
     batch_dims: Sequence[int] = ()
     use_bias: bool = True
     dtype: Dtype | None = None
@@ -105,35 +89,46 @@ class DenseGeneral(Module):
     @compact
     def __call__(self, inputs: Array) -> Array:
         """Apply the layer; ValueError if ``batch_dims`` are not the leading axes."""
-        features = _tuple(self.features)
-        axis = _axes(self.axis, inputs.ndim)
-        batch_dims = _axes(self.batch_dims, inputs.ndim)
+        batch_dims = axes_from_front(self.batch_dims, inputs.ndim)
         if batch_dims != tuple(range(len(batch_dims))):
             raise ValueError(f"batch_dims {self.batch_dims} must be consecutive leading dimensions starting from 0.")
-        batch_shape = inputs.shape[: len(batch_dims)]
-        kernel_shape = (*batch_shape, *(inputs.shape[i] for i in axis), *features)
-        flat_inputs = math.prod(kernel_shape[: len(kernel_shape) - len(features)])
-        flat_features = math.prod(features)
-
-        kernel_init = _flattened(self.kernel_init, (flat_inputs, flat_features))
-        kernel = self.param("kernel", kernel_init, kernel_shape, self.param_dtype)
-        bias = None
-        if self.use_bias:
-            bias_init = _flattened(self.bias_init, (math.prod(batch_shape) * flat_features,))
-            bias = self.param("bias", bias_init, (*batch_shape, *features), self.param_dtype)
-        inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-
-        contracted = tuple(range(len(batch_dims), len(batch_dims) + len(axis)))
-        dot_general = self.dot_general_cls() if self.dot_general_cls else self.dot_general or lax.dot_general
-        out = dot_general(inputs, kernel, ((axis, contracted), (batch_dims, batch_dims)), precision=self.precision)
-        if bias is not None:
-            others = (1,) * (inputs.ndim - len(axis) - len(batch_dims))
-            out += jnp.reshape(bias, (*batch_shape, *others, *features))
-        return out
+        axis = axes_from_front(self.axis, inputs.ndim)
+        return _project(self, inputs, as_tuple(self.features), axis, batch_dims)
 
 
-def _flattened(init_fn: Initializer, flat_shape: tuple[int, ...]) -> Initializer:
-    """``init_fn`` for an array that is initialised as one of ``flat_shape``: its fans are those of the flat one."""
+def _project(
+    layer: Dense | DenseGeneral,
+    inputs: Array,
+    features: tuple[int, ...],
+    axis: tuple[int, ...],
+    batch_dims: tuple[int, ...],
+) -> Array:
+    """Contract ``axis`` of the input with the layer's kernel, apart for each index of ``batch_dims``; add its bias."""
+    batch_shape = inputs.shape[: len(batch_dims)]
+    input_sizes = (*batch_shape, *(inputs.shape[i] for i in axis))
+    flat_features = math.prod(features)
+    kernel_init = _flattened(layer.kernel_init, (math.prod(input_sizes), flat_features), (*input_sizes, *features))
+    kernel = layer.param("kernel", kernel_init, (*input_sizes, *features), layer.param_dtype)
+    bias = None
+    if layer.use_bias:
+        bias_shape = (*batch_shape, *features)
+        bias_init = _flattened(layer.bias_init, (math.prod(bias_shape),), bias_shape)
+        bias = layer.param("bias", bias_init, bias_shape, layer.param_dtype)
+    inputs, kernel, bias = layer.promote_dtype(inputs, kernel, bias, dtype=layer.dtype)
+
+    contracted = tuple(range(len(batch_dims), len(input_sizes)))
+    dot_general = layer.dot_general_cls() if layer.dot_general_cls else layer.dot_general or lax.dot_general
+    out = dot_general(inputs, kernel, ((axis, contracted), (batch_dims, batch_dims)), precision=layer.precision)
+    if bias is not None:
+        others = (1,) * (inputs.ndim - len(input_sizes))
+        out += jnp.reshape(bias, (*batch_shape, *others, *features))
+    return out
+
+
+def _flattened(init_fn: Initializer, flat_shape: tuple[int, ...], shape: tuple[int, ...]) -> Initializer:
+    """``init_fn`` for an array of ``shape`` that is initialised as one of ``flat_shape``, with the fans of that."""
+    if shape == flat_shape:
+        return init_fn
 
     @makes_requested_shape
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Any:

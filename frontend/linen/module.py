@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from distaff.frontend import core, errors
 from distaff.frontend.core.filters import CollectionFilter
+from distaff.frontend.core.functional import lazy_variables
 from distaff.frontend.core.rng import LazyRng, PRNGKey, is_valid_rng
 from distaff.frontend.core.scope import Scope
 from distaff.frontend.linen import class_transform
@@ -72,6 +73,7 @@ class Module(ModuleBase):
         parent: Any = dataclasses.field(default=None, kw_only=True)
         name: str | None = dataclasses.field(default=None, kw_only=True)
     _config_fields: ClassVar[tuple[str, ...]] = ()
+    _name_scope_methods: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, kw_only: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -119,10 +121,11 @@ class Module(ModuleBase):
             parent._state.autoname_cursor[cls] = number + 1
             self.name = f"{cls}_{number}"
         scope = parent._bound("create submodules")
-        if scope.name_reserved(self.name):
+        repeats = parent._state.in_setup and parent._state.setup_repeats
+        if not repeats and scope.name_reserved(self.name):
             raise errors.NameInUseError("submodule", self.name, type(parent).__name__)
         parent._state.children[self.name] = self
-        self.__dict__["scope"] = scope.push(self.name)
+        self.__dict__["scope"] = scope.push(self.name, reuse=repeats)
 
     def _register_submodules(self, name: str, value: Any) -> None:
         """Assign an attribute, adopting the modules in it that belong to nobody yet."""
@@ -154,9 +157,18 @@ class Module(ModuleBase):
         try:
             state.in_setup = True
             self.setup()
+            if self._name_scope_methods:
+                self._make_name_scopes()
         finally:
             state.in_setup = False
             state.setup_called = True
+
+    def _make_name_scopes(self) -> None:
+        """Make the submodules that the methods marked ``compact_name_scope`` run in."""
+        methods = {name: getattr(type(self), name).__wrapped__ for name in self._name_scope_methods}
+        object.__setattr__(self, "_name_scopes", {})
+        for name, method in methods.items():
+            self._name_scopes[name] = _NameScope(method, weakref.ref(self), name=name, parent=self)
 
     # Attributes.
 
@@ -340,6 +352,73 @@ class Module(ModuleBase):
             rngs, *args, method=method, mutable=mutable, capture_intermediates=capture_intermediates, **kwargs
         )[1]
 
+    def lazy_init(
+        self,
+        rngs: PRNGKey | Mapping[str, PRNGKey | LazyRng],
+        *args: Any,
+        method: Callable[..., Any] | str | None = None,
+        mutable: CollectionFilter = ALL_BUT_INTERMEDIATES,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As ``init``, with ``jax.ShapeDtypeStruct`` for inputs of which only the shape matters; computes nothing else.
+
+        >>> variables = nn.Dense(4).lazy_init(jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.float32))
+
+        Raises:
+            LazyInitError: the value of a variable depends on such an input.
+        """
+        _check_module(self)
+
+        def make(rngs: Any, *args: Any, **kwargs: Any) -> Any:
+            return self.init(rngs, *args, method=method, mutable=mutable, **kwargs)
+
+        return lazy_variables(make)(rngs, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def tabulate(
+        self,
+        rngs: PRNGKey | Mapping[str, PRNGKey],
+        *args: Any,
+        depth: int | None = None,
+        show_repeated: bool = False,
+        mutable: CollectionFilter = ALL_BUT_INTERMEDIATES,
+        console_kwargs: Mapping[str, Any] | None = None,
+        table_kwargs: Mapping[str, Any] | None = None,
+        column_kwargs: Mapping[str, Any] | None = None,
+        compute_flops: bool = False,
+        compute_vjp_flops: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """A table of the submodules that ``init(rngs, *args, **kwargs)`` calls, as text; see ``nn.tabulate``."""
+        from distaff.frontend.linen import summary
+
+        table = summary.tabulate(
+            self,
+            rngs,
+            depth,
+            show_repeated,
+            mutable,
+            console_kwargs,
+            table_kwargs,
+            column_kwargs,
+            compute_flops,
+            compute_vjp_flops,
+        )
+        return table(*args, **kwargs)
+
+    def module_paths(
+        self,
+        rngs: PRNGKey | Mapping[str, PRNGKey],
+        *args: Any,
+        show_repeated: bool = False,
+        mutable: CollectionFilter = ALL_BUT_INTERMEDIATES,
+        **kwargs: Any,
+    ) -> dict[str, Module]:
+        """Unbound copies of the modules that ``init(rngs, *args, **kwargs)`` calls, by path: ``"encoder/Dense_0"``."""
+        from distaff.frontend.linen import summary
+
+        table = summary.module_table(self, rngs, *args, show_repeated=show_repeated, mutable=mutable, **kwargs)
+        return {"/".join(row.path): row.module_copy for row in table}
+
     def _resolve_method(self, method: Callable[..., Any] | str | None) -> Callable[..., Any]:
         """The function of a bound module that ``method`` stands for."""
         if method is None:
@@ -352,11 +431,7 @@ class Module(ModuleBase):
                 name = method
                 return lambda module, *args, **kwargs: getattr(module, name)(*args, **kwargs)
             method = attribute
-        if inspect.ismethod(method) and isinstance(method.__self__, Module):
-            method = method.__func__
-        if not callable(method) or not inspect.signature(method).parameters:
-            raise errors.ApplyModuleInvalidMethodError(method)
-        return method
+        return unbound_function(method)
 
     def _checked_rngs(self, rngs: Any, required: bool = False) -> Any:
         if isinstance(rngs, Mapping) or (rngs is None and not required):
@@ -377,6 +452,26 @@ dataclasses.dataclass(repr=False, unsafe_hash=True)(Module)
 Module.parent = _ParentReference()
 
 
+class _NameScope(Module):
+    """The level of the tree below which a ``compact_name_scope`` method creates submodules."""
+
+    method: Callable[..., Any]
+    owner: weakref.ref[Module]
+
+    @class_transform.compact
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.method(self.owner(), *args, **kwargs)
+
+
+def unbound_function(method: Any) -> Callable[..., Any]:
+    """A function with the module as first argument, for a bound method or a function; ApplyModuleInvalidMethodError."""
+    if inspect.ismethod(method) and isinstance(method.__self__, Module):
+        method = method.__func__
+    if not callable(method) or not inspect.signature(method).parameters:
+        raise errors.ApplyModuleInvalidMethodError(method)
+    return method  # type: ignore[no-any-return]
+
+
 def _check_module(module: Any) -> None:
     if not isinstance(module, Module):
         raise errors.InvalidInstanceModuleError()
@@ -390,22 +485,3 @@ def merge_param(name: str, a: T | None, b: T | None) -> T:
         how = "not at all" if a is None else "both"
         raise ValueError(f'Pass "{name}" either to the constructor or to the call; it was passed {how}.')
     return a if a is not None else b  # type: ignore[return-value]
-
-
-def share_scope(module: Module, other: Module, /) -> None:
-    """Let two modules share variables' place in the tree, for wrappers that must not add a level; call it in ``setup``.
-
-    ``module`` takes the place of ``other``; if ``other`` is below ``module``, it is the other way round.
-    """
-    if module.scope is None or other.scope is None:
-        raise errors.CallShareScopeOnUnboundModuleError()
-    ancestor: Scope | None = other.scope
-    while ancestor is not None and ancestor is not module.scope:
-        ancestor = ancestor.parent
-    moved, place = (module, other.scope) if ancestor is None else (other, module.scope)
-    old = moved.scope
-    object.__setattr__(moved, "scope", place)
-    for child in moved._state.children.values():
-        if isinstance(child, Module) and child.scope and child.scope.parent == old:
-            place.reserve(child.scope.path[-1])
-            child.scope.parent = place

@@ -17,13 +17,18 @@ from distaff.frontend.core.scope import Scope, Variable
 class ModuleState:
     """The changing part of a module: where it is in its life, and what it has made so far."""
 
-    __slots__ = ("autoname_cursor", "children", "in_compact_method", "in_setup", "is_initialized", "setup_called")
+    __slots__ = (
+        "autoname_cursor", "children", "in_compact_method", "in_setup", "is_initialized", "setup_called",
+        "setup_repeats",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.in_compact_method = False
         self.in_setup = False
         self.setup_called = False
         self.is_initialized = False
+        # Inside a lifted transform: setup ran outside already, so its names are taken rightly.
+        self.setup_repeats = False
         # The next number of each class's automatic names: {"Dense": 2} after Dense_0 and Dense_1.
         self.autoname_cursor: dict[str, int] = {}
         # Submodules, and for variables the collection, by name.
@@ -34,6 +39,20 @@ class ModuleState:
         self.in_compact_method = False
         self.in_setup = False
         self.autoname_cursor = {}
+
+    def inside_transform(self) -> ModuleState:
+        """The state of the module's clone inside a lifted transform; setup runs again there."""
+        state = ModuleState()
+        state.setup_repeats = self.setup_called or self.setup_repeats
+        state.follow(self)
+        return state
+
+    def follow(self, other: ModuleState) -> None:
+        """Take over where ``other`` is, on the other side of a transform; not what it has made."""
+        self.in_compact_method = other.in_compact_method
+        self.in_setup = other.in_setup
+        self.is_initialized = other.is_initialized
+        self.autoname_cursor = dict(other.autoname_cursor)
 
 
 def _append(xs: tuple[Any, ...], x: Any) -> tuple[Any, ...]:

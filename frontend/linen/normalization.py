@@ -1,4 +1,4 @@
-"""Normalisation layers: ``LayerNorm``, ``RMSNorm``, ``GroupNorm`` and ``BatchNorm``.
+"""Normalisation layers: ``LayerNorm``, ``RMSNorm``, ``GroupNorm``, ``InstanceNorm`` and ``BatchNorm``.
 
 They share these fields:
 
@@ -15,24 +15,25 @@ Calls take ``mask``, broadcastable to the input: which elements the statistics c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from distaff.frontend.linen import initializers
 from distaff.frontend.linen.class_transform import compact, nowrap
 from distaff.frontend.linen.dtypes import Array, Dtype, canonicalize_dtype
+from distaff.frontend.linen.fields import Axes, Initializer, axes_from_front
 from distaff.frontend.linen.module import Module, merge_param
-
-Axes: TypeAlias = int | Sequence[int]
-Initializer: TypeAlias = Callable[..., Any]
+from distaff.frontend.linen.weight_norms import SpectralNorm as SpectralNorm
+from distaff.frontend.linen.weight_norms import WeightNorm as WeightNorm
 
 
 def _axes(axes: Axes, ndim: int) -> tuple[int, ...]:
     """Axes counted from the front, each once, in order."""
-    return tuple(sorted({axis % ndim for axis in (axes if isinstance(axes, Sequence) else (axes,))}))
+    return tuple(dict.fromkeys(axes_from_front(axes, ndim)))
 
 
 def _abs_sq(x: Array) -> Array:
@@ -76,9 +77,11 @@ def _normalize(
     var: Array,
     reduction_axes: tuple[int, ...],
     feature_axes: tuple[int, ...],
-    use_bias: bool,
 ) -> Array:
-    """``(x - mean) / sqrt(var + epsilon)``, with the parameters ``scale`` and ``bias`` over ``feature_axes``."""
+    """``(x - mean) / sqrt(var + epsilon)``, with the parameters ``scale`` and ``bias`` over ``feature_axes``.
+
+    A layer that subtracts no mean adds no bias either.
+    """
     param_shape = tuple(x.shape[axis] for axis in feature_axes)
     broadcast_shape = tuple(size if axis in feature_axes else 1 for axis, size in enumerate(x.shape))
     factor = lax.rsqrt(jnp.expand_dims(var, reduction_axes) + layer.epsilon)
@@ -89,11 +92,27 @@ def _normalize(
         factor *= scale if layer.force_float32_reductions else jnp.asarray(scale, layer.param_dtype)
         inputs.append(scale)
     y *= factor
-    if use_bias:
+    if mean is not None and layer.use_bias:
         bias = layer.param("bias", layer.bias_init, param_shape, layer.param_dtype).reshape(broadcast_shape)
         y += bias if layer.force_float32_reductions else jnp.asarray(bias, layer.param_dtype)
         inputs.append(bias)
     return jnp.asarray(y, canonicalize_dtype(*inputs, dtype=layer.dtype))
+
+
+def _normalized(
+    layer: Any,
+    x: Array,
+    reduction_axes: tuple[int, ...],
+    feature_axes: tuple[int, ...],
+    mask: Array | None,
+    subtract_mean: bool = True,
+) -> Array:
+    """``x``, normalised by its own statistics over ``reduction_axes``."""
+    if subtract_mean:
+        mean, var = _mean_and_variance(layer, x, reduction_axes, mask, layer.axis_name)
+        return _normalize(layer, x, mean, var, reduction_axes, feature_axes)
+    (mean_square,) = _means(layer, [_abs_sq(_for_statistics(layer, x))], reduction_axes, mask, layer.axis_name)
+    return _normalize(layer, x, None, mean_square, reduction_axes, feature_axes)
 
 
 class LayerNorm(Module):
@@ -119,9 +138,7 @@ class LayerNorm(Module):
     @compact
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
         """Normalise ``x``."""
-        axes = _axes(self.reduction_axes, x.ndim)
-        mean, var = _mean_and_variance(self, x, axes, mask, self.axis_name)
-        return _normalize(self, x, mean, var, axes, _axes(self.feature_axes, x.ndim), self.use_bias)
+        return _normalized(self, x, _axes(self.reduction_axes, x.ndim), _axes(self.feature_axes, x.ndim), mask)
 
 
 class RMSNorm(Module):
@@ -145,9 +162,8 @@ class RMSNorm(Module):
     @compact
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
         """Normalise ``x``."""
-        axes = _axes(self.reduction_axes, x.ndim)
-        (mean_square,) = _means(self, [_abs_sq(_for_statistics(self, x))], axes, mask, self.axis_name)
-        return _normalize(self, x, None, mean_square, axes, _axes(self.feature_axes, x.ndim), use_bias=False)
+        axes, feature_axes = _axes(self.reduction_axes, x.ndim), _axes(self.feature_axes, x.ndim)
+        return _normalized(self, x, axes, feature_axes, mask, subtract_mean=False)
 
 
 class GroupNorm(Module):
@@ -188,8 +204,8 @@ class GroupNorm(Module):
             mask = jnp.broadcast_to(mask, x.shape).reshape(*x.shape[:-1], groups, group_size)
         grouped = x.reshape(*x.shape[:-1], groups, group_size)
         mean, var = _mean_and_variance(self, grouped, (*axes[:-1], last + 1), mask, self.axis_name)
-        mean, var = (jnp.repeat(value, group_size, axis=-1) for value in (mean, var))
-        return _normalize(self, x, mean, var, axes[:-1], (last,), self.use_bias)
+        mean, var = jax.tree.map(lambda value: jnp.repeat(value, group_size, axis=-1), (mean, var))
+        return _normalize(self, x, mean, var, axes[:-1], (last,))
 
     @nowrap
     def _number_of_groups(self, channels: int) -> int:
@@ -202,6 +218,36 @@ class GroupNorm(Module):
         if not self.num_groups or self.num_groups < 0 or channels % self.num_groups:
             raise ValueError(f"num_groups {self.num_groups} does not divide the number of channels, {channels}.")
         return self.num_groups
+
+
+class InstanceNorm(Module):
+    """Zero mean and unit variance over all axes but the first and ``feature_axes`` (https://arxiv.org/abs/1607.08022).
+
+    Parameters: ``scale`` and ``bias``, of the sizes of ``feature_axes``, which may not include the first axis, that of
+    the batch.
+    """
+
+    epsilon: float = 1e-6
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    feature_axes: Axes = -1
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @compact
+    def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+        """Normalise ``x``; ValueError if the first axis is among ``feature_axes``."""
+        feature_axes = _axes(self.feature_axes, x.ndim)
+        if 0 in feature_axes:
+            raise ValueError(f"feature_axes {self.feature_axes} may not include the first axis, that of the batch.")
+        axes = tuple(axis for axis in range(1, x.ndim) if axis not in feature_axes)
+        return _normalized(self, x, axes, feature_axes, mask)
 
 
 class BatchNorm(Module):
@@ -252,4 +298,4 @@ class BatchNorm(Module):
             if not self.is_initializing():
                 for running, batch in (running_mean, mean), (running_var, var):
                     running.value = self.momentum * running.value + (1 - self.momentum) * batch
-        return _normalize(self, x, mean, var, reduction_axes, feature_axes, self.use_bias)
+        return _normalize(self, x, mean, var, reduction_axes, feature_axes)

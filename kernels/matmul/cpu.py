@@ -13,7 +13,7 @@ from distaff.kernels.matmul.operation import ACTIVATIONS, INT8_MOST_ROWS, Matmul
 from distaff.kernels.registry import Attributes, register
 
 _TARGETS = {"matmul": "distaff_matmul", "matmul.embed_rows": "distaff_embed_rows"}
-_NORM_WEIGHT, _BIAS, _RESIDUAL = 1, 2, 4  # bits of the attribute `operands`
+_NORM_WEIGHT, _BIAS, _RESIDUAL, _LIVE = 1, 2, 4, 8  # bits of the attribute `operands`
 
 
 def _refuses(attributes: Attributes) -> str | None:
@@ -33,14 +33,15 @@ def matmul(
     norm_weight: jax.Array | None,
     bias: jax.Array | None,
     residual: jax.Array | None,
-) -> jax.Array:
+    live: jax.Array | None,
+) -> list[jax.Array]:
     """`distaff.kernels.matmul.matmul`."""
-    optional = {_NORM_WEIGHT: norm_weight, _BIAS: bias, _RESIDUAL: residual}
+    optional = {_NORM_WEIGHT: norm_weight, _BIAS: bias, _RESIDUAL: residual, _LIVE: live}
     given = {bit: array for bit, array in optional.items() if array is not None}
-    call = jax.ffi.ffi_call(
-        _TARGETS["matmul"], jax.ShapeDtypeStruct((x.shape[0], spec.out_columns), np.float32), vmap_method="sequential"
-    )
-    return call(
+    widths = spec.parts or (spec.out_columns,)
+    results = [jax.ShapeDtypeStruct((x.shape[0], width), np.float32) for width in widths]
+    call = jax.ffi.ffi_call(_TARGETS["matmul"], results, vmap_method="sequential")
+    found = call(
         x,
         *arrays,
         *given.values(),
@@ -51,6 +52,7 @@ def matmul(
         gated=spec.gated,
         int8_activations=spec.activations == "int8",
     )
+    return list(found)
 
 
 @register("matmul.embed_rows", "native", platforms=("cpu",), priority=10, refuses=_refuses)

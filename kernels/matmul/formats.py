@@ -79,7 +79,12 @@ class WeightFormat:
 
     @classmethod
     def parse(cls, name: str) -> WeightFormat:
-        """The format of that `name`; also of GGUF's q8_0, q4_0, q4_1 and the long names. Raises `WeightFormatError`."""
+        """The format of that `name`; also of GGUF's q8_0, q4_0, q4_1 and the long names; int4 alone has groups of 32.
+
+        Raises `WeightFormatError`.
+        """
+        if name == "int4":
+            return cls("int4", 32)
         if name.lower() in _GGUF:
             kind, offsets = _GGUF[name.lower()]
             return cls(kind, 32, offsets)

@@ -14,6 +14,7 @@ from distaff.kernels.matmul.packing import LANES, packed_shapes
 from distaff.kernels.registry import choose
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+MOST_PARTS = 8
 INT8_MOST_ROWS = 65536  # of a matrix without groups, so that integer sums fit 32 bits
 
 
@@ -29,6 +30,8 @@ class MatmulSpec:
     activation: str | None = None
     gated: bool = False
     residual: bool = False
+    live: bool = False
+    parts: tuple[int, ...] = ()
     activations: str = "int8"
 
     @property
@@ -50,10 +53,12 @@ def matmul(
     activation: str | None = None,
     gated: bool = False,
     residual: jax.Array | None = None,
+    live: jax.Array | None = None,
+    parts: Sequence[int] = (),
     activations: str = "int8",
     platform: str | None = None,
-) -> jax.Array:
-    """``x[M, rows]`` (float32 or bfloat16) times a packed ``W[rows, columns]``: float32 ``[M, columns]``.
+) -> list[jax.Array]:
+    """``x[M, rows]`` (float32 or bfloat16) times a packed ``W[rows, columns]``: a list of float32 ``[M, columns]``.
 
     Before: with ``norm_weight[rows]``, x becomes ``x * rsqrt(mean(x^2) + norm_eps) * norm_weight`` in float32. After,
     in this order: ``+ bias[columns]``, ``activation`` (silu, gelu_tanh, gelu, relu), and ``+ residual[M, columns]``.
@@ -65,18 +70,34 @@ def matmul(
     and in float32 across groups. With ``activations="float32"`` x is kept, and the weights are made float32.
     (The reference always keeps x and weights in float32.)
 
+    If W is several matrices side by side, each padded to whole panels of 16 columns, ``parts`` are their widths without
+    padding, and the list has a result for each.
+
+    Rows from ``live`` (int32 []) on are padding: an implementation need not compute them, and what they come out as
+    means nothing.
+
     ``platform`` is where the program will run (default: where jax runs now). Raises `ValueError` for what does not fit
     together and `NoImplementationError`.
     """
     if (norm_weight is None) != (norm_eps is None):
         raise ValueError("norm_weight and norm_eps go together")
     spec = MatmulSpec(
-        format, rows, columns, norm_eps, bias is not None, activation, gated, residual is not None, activations
+        format,
+        rows,
+        columns,
+        norm_eps,
+        bias=bias is not None,
+        activation=activation,
+        gated=gated,
+        residual=residual is not None,
+        live=live is not None,
+        parts=tuple(parts),
+        activations=activations,
     )
-    _check(spec, x, packed_arrays, norm_weight, bias, residual)
+    _check(spec, x, packed_arrays, norm_weight, bias, residual, live)
     implementation = choose("matmul", platform or jax.default_backend(), call_attributes(spec, str(x.dtype)))
     arrays = tuple(packed_arrays)
-    return cast(jax.Array, implementation.function(spec, x, arrays, norm_weight, bias, residual))
+    return cast(list[jax.Array], implementation.function(spec, x, arrays, norm_weight, bias, residual, live))
 
 
 def embed_rows(
@@ -118,6 +139,7 @@ def _check(
     norm_weight: jax.Array | None,
     bias: jax.Array | None,
     residual: jax.Array | None,
+    live: jax.Array | None,
 ) -> None:
     _check_weight(spec, packed_arrays)
     if x.ndim != 2 or x.shape[1] != spec.rows or x.dtype not in (jnp.float32, jnp.bfloat16):
@@ -134,6 +156,11 @@ def _check(
     for name, (array, shape) in expected.items():
         if array is not None and (array.shape != shape or array.dtype != jnp.float32):
             raise ValueError(f"{name} must be float32{list(shape)}, not {array.dtype}{list(array.shape)}")
+    padded = sum(-(-width // LANES) * LANES for width in spec.parts)
+    if spec.parts and (padded != spec.columns or spec.gated or spec.residual or len(spec.parts) > MOST_PARTS):
+        raise ValueError(f"parts {spec.parts} must fill {spec.columns} columns, at most {MOST_PARTS}, without residual")
+    if live is not None and (live.shape != () or live.dtype != jnp.int32):
+        raise ValueError(f"live must be int32[], not {live.dtype}{list(live.shape)}")
 
 
 def _check_weight(spec: MatmulSpec, packed_arrays: Sequence[jax.Array]) -> None:

@@ -108,8 +108,8 @@ def unpack_arrays(
         wide = [array.reshape(panels, groups, 1, LANES).astype(np.float32) for array in scales]
         values = values * wide[0] + (wide[1] if format.offsets else 0)
         values = values.reshape(panels, -1, LANES)
-    unpacked: AnyArray = values.swapaxes(0, 1).reshape(-1, panels * LANES)[:rows, :columns]
-    return unpacked
+    matrix: AnyArray = values.swapaxes(0, 1).reshape(-1, panels * LANES)[:rows, :columns]
+    return matrix
 
 
 def interleave_gated(gate: Array, up: Array) -> Array:

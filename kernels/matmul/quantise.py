@@ -42,27 +42,24 @@ def quantise(weight: Array, format: WeightFormat) -> tuple[Array, Array, Array |
         )
     rows, columns = weight.shape
     group = format.group or rows
-    # A last group that is not full is filled with its last row, since zeros could widen its range; errors there do not
-    # count.
-    blocks = np.pad(weight, ((0, -rows % group), (0, 0)), mode="edge").reshape(-1, group, columns)
-    real = (np.arange(blocks.shape[0] * group) < rows).astype(np.float32).reshape(-1, group, 1)
-    parts = [_best(blocks[..., n : n + _COLUMNS], real, format) for n in range(0, columns, _COLUMNS)]
+    # A last group that is not full is filled with its own rows in turn: zeros could widen its range.
+    full = rows // group * group
+    missing = full + np.arange(-rows % group) % max(1, rows - full)
+    blocks = weight[np.concatenate([np.arange(rows), missing])].reshape(-1, group, columns)
+    parts = [_best(blocks[..., n : n + _COLUMNS], format) for n in range(0, columns, _COLUMNS)]
     integers, scales, offsets = (np.concatenate(arrays, -1) for arrays in zip(*parts, strict=True))
     integers = integers.reshape(-1, columns)[:rows]
     return integers, scales if format.group else scales[0], offsets if format.offsets else None
 
 
-def _best(blocks: Array, real: Array, format: WeightFormat) -> _Blocks:
-    """Of the ways to round float32 ``blocks[G, group, N]`` the one with the least squared error, group by group.
-
-    ``real[G, group, 1]`` is 1 for rows that count and 0 for others.
-    """
+def _best(blocks: Array, format: WeightFormat) -> _Blocks:
+    """Of the ways to round float32 ``blocks[G, group, N]`` the one with the least squared error, group by group."""
     best, least = None, None
     for scales, offsets in _candidates(blocks, format):
         found = _rounded(blocks, scales, offsets, format)
         if format.kind == "int4":
-            found = _rounded(blocks, _fitted(blocks, real, found, format), found.offsets, format)
-        error = (np.square(_values(found, format) - blocks) * real).sum(1)
+            found = _rounded(blocks, _fitted(blocks, found, format), found.offsets, format)
+        error = np.square(_values(found, format) - blocks).sum(1)
         if best is None or least is None:
             best, least = found, error
             continue
@@ -105,13 +102,13 @@ def _rounded(blocks: Array, scales: Array, offsets: Array, format: WeightFormat)
     return _Blocks(np.clip(steps, *_limits(format)).astype(np.int16) + _bias(format), scales, offsets)
 
 
-def _fitted(blocks: Array, real: Array, found: _Blocks, format: WeightFormat) -> Array:
+def _fitted(blocks: Array, found: _Blocks, format: WeightFormat) -> Array:
     """The scales ``[G, N]`` that fit the integers best."""
-    steps = (found.integers - _bias(format)) * real
+    steps = (found.integers - _bias(format)).astype(np.float32)
     weights = blocks - found.offsets.astype(np.float32)[:, None]
     squares = np.square(steps).sum(1)
-    fitted: Array = np.divide((weights * steps).sum(1), squares, out=np.zeros_like(squares), where=squares != 0)
-    return fitted
+    scales: Array = np.divide((weights * steps).sum(1), squares, out=np.zeros_like(squares), where=squares != 0)
+    return scales
 
 
 def _values(found: _Blocks, format: WeightFormat) -> Array:

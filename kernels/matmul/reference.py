@@ -27,8 +27,9 @@ def matmul(
     norm_weight: jax.Array | None,
     bias: jax.Array | None,
     residual: jax.Array | None,
-) -> jax.Array:
-    """`distaff.kernels.matmul.matmul`."""
+    live: jax.Array | None,
+) -> list[jax.Array]:
+    """`distaff.kernels.matmul.matmul`; computes padding too."""
     x = x.astype(jnp.float32)
     if norm_weight is not None and spec.norm_eps is not None:
         x = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + spec.norm_eps) * norm_weight
@@ -43,7 +44,10 @@ def matmul(
         product = (activate(gate) * up).reshape(x.shape[0], -1)[:, : spec.out_columns]
     else:
         product = activate(product)
-    return product if residual is None else product + residual
+    if spec.parts:
+        starts = [sum(-(-width // LANES) * LANES for width in spec.parts[:i]) for i in range(len(spec.parts))]
+        return [product[:, start : start + width] for start, width in zip(starts, spec.parts, strict=True)]
+    return [product if residual is None else product + residual]
 
 
 @register("matmul.embed_rows", "reference", priority=-10)

@@ -31,6 +31,12 @@ def features() -> tuple[str, ...]:
     return () if library is None else tuple(library.features())
 
 
+def timings() -> dict[str, tuple[int, float]]:
+    """Calls and seconds of each kernel in this process so far; empty without the module."""
+    library = _library()
+    return {} if library is None else dict(library.timings())
+
+
 @functools.cache
 def register() -> frozenset[str]:
     """Registers every kernel with XLA and returns their target names; none without the module."""

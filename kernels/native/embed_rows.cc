@@ -6,6 +6,7 @@
 #include "packed_weight.h"
 #include "parallel.h"
 #include "registry.h"
+#include "timing.h"
 
 namespace distaff {
 
@@ -58,9 +59,12 @@ void copy_column(const WeightMatrix& weight, int64_t column, float* to) {
   }
 }
 
+Timer timer("embed_rows");
+
 ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer tokens, ffi::RemainingArgs arguments,
                ffi::Result<ffi::AnyBuffer> out, int64_t rows, int64_t columns, int32_t kind, int32_t group,
                bool offsets) {
+  const Timed timed(timer);
   const auto refuse = [](const std::string& message) {
     return ffi::Error::InvalidArgument("distaff_embed_rows: " + message);
   };

@@ -59,6 +59,14 @@ struct Activations {
   float* sums;
 };
 
+// Where some of the columns of a result go: those of panels from `first_panel` on, `columns` of them.
+struct Part {
+  float* out;  // [M, columns]
+  int64_t first_panel, columns;
+};
+
+constexpr int kMostParts = 8;
+
 struct Matmul {
   int64_t m;
   WeightMatrix weight;
@@ -71,7 +79,9 @@ struct Matmul {
   // Panels alternate between gate and up columns, and the result is activation(gate) * up.
   bool gated;
   const float* residual;  // [M, out_columns], or null
-  float* out;             // [M, out_columns]
+  // The result [M, out_columns]; of several matrices side by side, each padded to whole panels, a part for each.
+  Part parts[kMostParts];
+  int part_count;
   Activations activations;
 
   DISTAFF_INLINE int64_t out_columns() const { return gated ? weight.columns / 2 : weight.columns; }

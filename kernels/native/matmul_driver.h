@@ -37,7 +37,7 @@ struct Blocks {
   }
 };
 
-// Computes call.out; fills in call.activations but for its kind.
+// Computes call.parts; fills in call.activations but for its kind.
 template <typename Pool>
 void matmul(Matmul& call, const MatmulKernels& kernels, Pool& pool) {
   thread_local Scratch shared;  // of the calling thread, read by the others

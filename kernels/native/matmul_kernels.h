@@ -340,13 +340,16 @@ Simd::F activate(Activation activation, Simd::F x) {
 
 // Bias, activation, gate and residual of a block whose sums are in c, into the result.
 void finish(const Matmul& call, const Block& block, const float* c) {
-  const int64_t columns = call.out_columns(), width = call.gated ? 2 : 1;
+  const int64_t width = call.gated ? 2 : 1;
+  const Part* const end = call.parts + call.part_count - 1;
   const auto some = [](const float* from, int64_t count) {
     return count == kLanes ? Simd::load(from) : Simd::load_first(from, count);
   };
   for (int64_t row = block.row_begin; row < block.row_end; ++row) {
+    const Part* part = call.parts;
     for (int64_t panel = block.panel_begin; panel < block.panel_end; panel += width) {
-      const int64_t column = panel / width * kLanes, count = least(columns - column, kLanes);
+      while (part < end && panel >= part[1].first_panel) ++part;
+      const int64_t column = (panel - part->first_panel) / width * kLanes, count = least(part->columns - column, kLanes);
       Simd::F value = Simd::load(c), up = Simd::zero();
       if (call.gated) up = Simd::load(c + kLanes);
       c += width * kLanes;
@@ -357,12 +360,12 @@ void finish(const Matmul& call, const Block& block, const float* c) {
       }
       value = activate(call.activation, value);
       if (call.gated) value = Simd::mul(value, up);
-      const int64_t at = row * columns + column;
+      const int64_t at = row * part->columns + column;
       if (call.residual != nullptr) value = Simd::add(value, some(call.residual + at, count));
       if (count == kLanes) {
-        Simd::store(call.out + at, value);
+        Simd::store(part->out + at, value);
       } else {
-        Simd::store_first(call.out + at, value, count);
+        Simd::store_first(part->out + at, value, count);
       }
     }
   }

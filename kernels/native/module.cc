@@ -5,6 +5,7 @@
 
 #include "cpu.h"
 #include "registry.h"
+#include "timing.h"
 
 namespace {
 
@@ -38,9 +39,25 @@ PyObject* list_features(PyObject*, PyObject*) {
   return names;
 }
 
+PyObject* list_timings(PyObject*, PyObject*) {
+  PyObject* all = PyDict_New();
+  if (all == nullptr) return nullptr;
+  for (const distaff::Timer* timer : distaff::Timer::all()) {
+    PyObject* row = Py_BuildValue("(Ld)", static_cast<long long>(timer->calls.load()), timer->nanoseconds.load() * 1e-9);
+    if (row == nullptr || PyDict_SetItemString(all, timer->name.c_str(), row) != 0) {
+      Py_XDECREF(row);
+      Py_DECREF(all);
+      return nullptr;
+    }
+    Py_DECREF(row);
+  }
+  return all;
+}
+
 PyMethodDef methods[] = {
     {"handlers", list_handlers, METH_NOARGS, "FFI target names and their capsules."},
     {"features", list_features, METH_NOARGS, "Instruction sets that the kernels use on this processor."},
+    {"timings", list_timings, METH_NOARGS, "Calls and seconds of each kernel since the module was loaded."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -3,10 +3,13 @@
 from distaff.kernels.paged_attention.batch import StepBatch, batch_shapes
 from distaff.kernels.paged_attention.operation import call_attributes, paged_attention
 from distaff.kernels.paged_attention.pages import gather_pages, read_context, write_pages
+from distaff.kernels.paged_attention.rotary import Rotary, RotaryTables
 from distaff.kernels.paged_attention.spec import AttentionSpec
 
 __all__ = [
     "AttentionSpec",
+    "Rotary",
+    "RotaryTables",
     "StepBatch",
     "batch_shapes",
     "call_attributes",

@@ -7,6 +7,7 @@ from typing import Any, cast
 import jax
 
 from distaff.kernels.paged_attention.batch import StepBatch
+from distaff.kernels.paged_attention.rotary import RotaryTables
 from distaff.kernels.paged_attention.spec import AttentionSpec
 from distaff.kernels.registry import choose
 
@@ -14,34 +15,54 @@ from distaff.kernels.registry import choose
 def paged_attention(
     spec: AttentionSpec,
     q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     k_pages: jax.Array,
     v_pages: jax.Array,
     layer: int | jax.Array,
     batch: StepBatch,
     *,
     sinks: jax.Array | None = None,
+    rotary: RotaryTables | None = None,
     platform: str | None = None,
-) -> jax.Array:
-    """Attention of every token of a step over its request's pages, which already hold the step's own keys and values.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Writes a step's keys and values into the pages, then attends with every token over its request's pages.
 
-    ``q[T, H, D]`` against ``k_pages[L, P, page, KV, D]`` and ``v_pages[L, P, page, KV, Dv]`` (may be the same array)
-    at ``layer``, a number or a traced scalar, gives ``[T, H, Dv]`` in q's dtype, computed in float32 (products at
-    jax's default precision). H is a multiple of KV, and head h reads key-value head ``h // (H / KV)``. ``sinks[H]``
-    are scores of one more softmax column per head that has no value. Rows ``0 .. decodes-1`` of the batch have one
+    ``k[T, KV, D]`` and ``v[T, KV, Dv]`` go to ``batch.slots`` of ``k_pages[L, P, page, KV, D]`` and ``v_pages[L, P,
+    page, KV, Dv]`` at ``layer``, a number or a traced scalar; ``q[T, H, D]`` against them gives ``[T, H, Dv]`` in q's
+    dtype, computed in float32 (products at jax's default precision; a kernel may round queries and weights to
+    bfloat16 where the pages hold that). Returns it and both pools, which are updated in place if they are donated to
+    the program. If ``k_pages is v_pages``, keys are values too: ``v`` is not looked at, and both pools returned are
+    the same array.
+
+    H is a multiple of KV, and head h reads key-value head ``h // (H / KV)``. ``sinks[H]`` are scores of one more
+    softmax column per head that has no value. ``rotary`` are the tables cos and sin, float32 ``[P, size]``, that
+    ``spec.rotary`` turns queries and keys with, before keys are written. Rows ``0 .. decodes-1`` of the batch have one
     token each. If T == R, every row has at most one token and row r's is token r, whatever ``decodes`` says. Outputs
     of padding tokens are finite.
 
     ``platform`` is where the program will run (default: where jax runs now). Raises `ValueError` for shapes that do
     not fit together and `NoImplementationError`.
     """
-    _check(spec, q, k_pages, v_pages, batch, sinks)
-    attributes = call_attributes(spec, q, k_pages, v_pages, batch)
+    _check(spec, q, k, k_pages, v_pages, batch, sinks, rotary)
+    shared = v_pages is k_pages
+    if not shared and v.shape != (*k.shape[:2], v_pages.shape[4]):
+        raise ValueError(f"v{list(v.shape)} must be as k{list(k.shape)} but for {v_pages.shape[4]} values a head")
+    attributes = call_attributes(spec, q, k, v, k_pages, v_pages, batch)
     implementation = choose("paged_attention", platform or jax.default_backend(), attributes)
-    return cast(jax.Array, implementation.function(spec, q, k_pages, v_pages, layer, batch, sinks))
+    rows, pools = (k, None if shared else v), (k_pages, None if shared else v_pages)
+    output, new_k, new_v = implementation.function(spec, q, *rows, *pools, layer, batch, sinks, rotary)
+    return cast(jax.Array, output), cast(jax.Array, new_k), cast(jax.Array, new_k if shared else new_v)
 
 
 def call_attributes(
-    spec: AttentionSpec, q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, batch: StepBatch
+    spec: AttentionSpec,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    batch: StepBatch,
 ) -> dict[str, Any]:
     """What implementations of ``paged_attention`` are chosen by; takes arrays or `jax.ShapeDtypeStruct`."""
     return {
@@ -54,17 +75,20 @@ def call_attributes(
         "value_size": v_pages.shape[4],
         "page_size": k_pages.shape[2],
         "dtype": str(q.dtype),
-        "pages_dtype": str(k_pages.dtype),
+        "rows_dtypes": (str(k.dtype), str((k if v_pages is k_pages else v).dtype)),
+        "pages_dtypes": (str(k_pages.dtype), str(v_pages.dtype)),
     }
 
 
 def _check(
     spec: AttentionSpec,
     q: jax.Array,
+    k: jax.Array,
     k_pages: jax.Array,
     v_pages: jax.Array,
     batch: StepBatch,
     sinks: jax.Array | None,
+    rotary: RotaryTables | None,
 ) -> None:
     shapes = f"q{list(q.shape)}, k_pages{list(k_pages.shape)}, v_pages{list(v_pages.shape)}"
     if (q.ndim, k_pages.ndim, v_pages.ndim) != (3, 5, 5):
@@ -76,7 +100,22 @@ def _check(
         raise ValueError(f"{shapes}: {heads} query heads are not a multiple of {k_pages.shape[3]} key-value heads")
     if tokens != batch.tokens.shape[0]:
         raise ValueError(f"{shapes}: the batch has {batch.tokens.shape[0]} tokens")
+    if k.shape != (tokens, k_pages.shape[3], size):
+        raise ValueError(f"{shapes}: k{list(k.shape)} must be [{tokens}, {k_pages.shape[3]}, {size}]")
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks{list(sinks.shape)} must be [{heads}], one per query head")
     if spec.slopes is not None and len(spec.slopes) != heads:
         raise ValueError(f"{len(spec.slopes)} slopes for {heads} query heads")
+    _check_rotary(spec, rotary, size)
+
+
+def _check_rotary(spec: AttentionSpec, tables: RotaryTables | None, size: int) -> None:
+    if (spec.rotary is None) != (tables is None):
+        raise ValueError(f"spec.rotary is {spec.rotary}, and the call has {'no' if tables is None else 'its'} tables")
+    if spec.rotary is None or tables is None:
+        return
+    cos, sin = tables
+    if spec.rotary.size > size:
+        raise ValueError(f"{spec.rotary} turns more than the {size} values of a head")
+    if cos.shape != sin.shape or cos.ndim != 2 or cos.shape[1] != spec.rotary.size:
+        raise ValueError(f"rotary tables {list(cos.shape)} and {list(sin.shape)} must both be [P, {spec.rotary.size}]")

@@ -26,8 +26,9 @@ def write_pages(pages: jax.Array, layer: int | jax.Array, slots: jax.Array, valu
     In place if the pool is a donated input of the program (or a loop's carry) and ``values`` depend on the result of
     every earlier read of it, as the keys of a layer depend on the attention of the layer before; a read that XLA may
     put after the write costs a copy of the pool. Values are cast to the pool's dtype, for a uint16 pool to bfloat16
-    bits. Slots outside the pool are not checked.
+    bits. Slots outside the pool are not checked. What padding (slot 0) holds may be anything; zeros are written there.
     """
+    values = jnp.where((slots == 0).reshape(-1, *[1] * (values.ndim - 1)), jnp.zeros((), values.dtype), values)
     layers, num_pages, page_size, *shape = pages.shape
     if slots.shape[0] == 1:
         slots, values = jnp.tile(slots, 2), jnp.concatenate([values, values])

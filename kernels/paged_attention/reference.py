@@ -11,6 +11,8 @@ from jax import lax
 
 from distaff.kernels.paged_attention.batch import StepBatch
 from distaff.kernels.paged_attention.pages import read_context
+from distaff.kernels.paged_attention.rotary import RotaryTables
+from distaff.kernels.paged_attention.rows import prepare_rows
 from distaff.kernels.paged_attention.spec import LOWEST, AttentionSpec
 from distaff.kernels.registry import register
 
@@ -19,13 +21,18 @@ from distaff.kernels.registry import register
 def attention(
     spec: AttentionSpec,
     q: jax.Array,
+    k: jax.Array,
+    v: jax.Array | None,
     k_pages: jax.Array,
-    v_pages: jax.Array,
+    v_pages: jax.Array | None,
     layer: int | jax.Array,
     batch: StepBatch,
     sinks: jax.Array | None,
-) -> jax.Array:
-    """`paged_attention`; materialises one request's context at a time."""
+    rotary: RotaryTables | None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """`paged_attention`; materialises one request's context at a time. No ``v_pages``: keys are values."""
+    dtype = q.dtype
+    q, k_pages, v_pages = prepare_rows(spec, q, k, v, k_pages, v_pages, layer, batch, rotary)
     heads = q.shape[1]
     groups = heads // k_pages.shape[3]
     slopes = spec.slope_array()
@@ -34,7 +41,7 @@ def attention(
         query, position, row = token
         keys, values = (
             jnp.repeat(read_context(pages, layer, batch.tables[row]).astype(jnp.float32), groups, axis=1)
-            for pages in (k_pages, v_pages)
+            for pages in (k_pages, k_pages if v_pages is None else v_pages)
         )
         context = jnp.arange(keys.shape[0], dtype=jnp.int32)
         products = jnp.einsum("hd,chd->hc", query.astype(jnp.float32), keys, precision="highest")
@@ -49,4 +56,4 @@ def attention(
         return output
 
     outputs: jax.Array = lax.map(one_token, (q, batch.positions, batch.rows))
-    return outputs.astype(q.dtype)
+    return outputs.astype(dtype), k_pages, v_pages

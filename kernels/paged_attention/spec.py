@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distaff.kernels.paged_attention.rotary import Rotary
+
 # What a running maximum of scores starts from: finite, so that a query that sees no key makes no NaN.
 LOWEST = float(np.finfo(np.float32).min)
 
@@ -21,7 +23,8 @@ class AttentionSpec:
     then minus ``slope * (i - j)`` with the head's entry of ``slopes`` (ALiBi, Press et al. 2022). Key j is visible if
     ``j <= i`` (``causal``), ``i - j < window`` and ``mask(i, j)``, whichever are given; ``window`` so counts the
     position itself. ``mask`` takes two int32 arrays that broadcast and returns bool; it must be traceable and depend
-    on nothing else. A query that sees no key at all gives zeros. Raises `ValueError` for a size that means nothing.
+    on nothing else. A query that sees no key at all gives zeros. With ``rotary``, q and k are turned before all this,
+    by tables that the call brings. Raises `ValueError` for a size that means nothing.
     """
 
     scale: float
@@ -30,6 +33,7 @@ class AttentionSpec:
     softcap: float | None = None
     slopes: tuple[float, ...] | None = None
     mask: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    rotary: Rotary | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:

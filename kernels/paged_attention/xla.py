@@ -31,6 +31,8 @@ from jax import lax
 
 from distaff.kernels.paged_attention.batch import StepBatch
 from distaff.kernels.paged_attention.pages import gather_pages
+from distaff.kernels.paged_attention.rotary import RotaryTables
+from distaff.kernels.paged_attention.rows import prepare_rows
 from distaff.kernels.paged_attention.spec import LOWEST, AttentionSpec
 from distaff.kernels.registry import register
 
@@ -59,20 +61,27 @@ class Blocks:
 def attention(
     spec: AttentionSpec,
     q: jax.Array,
+    k: jax.Array,
+    v: jax.Array | None,
     k_pages: jax.Array,
-    v_pages: jax.Array,
+    v_pages: jax.Array | None,
     layer: int | jax.Array,
     batch: StepBatch,
     sinks: jax.Array | None,
+    rotary: RotaryTables | None,
     *,
     blocks: Blocks = Blocks(),
-) -> jax.Array:
-    """`paged_attention`; layers with the same spec and shapes share one trace."""
-    call = _Call(spec, k_pages, v_pages, layer, sinks, blocks)
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """`paged_attention`; layers with the same spec and shapes share one trace. No ``v_pages``: keys are values."""
+    dtype = q.dtype
+    q, k_pages, v_pages = prepare_rows(spec, q, k, v, k_pages, v_pages, layer, batch, rotary)
+    call = _Call(spec, k_pages, k_pages if v_pages is None else v_pages, layer, sinks, blocks)
     tokens, requests = q.shape[0], batch.contexts.shape[0]
     if tokens == requests:
-        return _decode(call, q, batch, batch.starts[-1])
-    return _prefill(call, q, batch, _decode(call, q, batch, batch.decodes))
+        output = _decode(call, q, batch, batch.starts[-1])
+    else:
+        output = _prefill(call, q, batch, _decode(call, q, batch, batch.decodes))
+    return output.astype(dtype), k_pages, v_pages
 
 
 @dataclasses.dataclass(frozen=True)

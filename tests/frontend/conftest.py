@@ -32,27 +32,44 @@ def same_as_flax(flax_nn: ModuleType) -> Callable[..., Any]:
         rtol: float = 1e-6,
         **kwargs: Any,
     ) -> Any:
-        ours, theirs = build(nn), build(flax_nn)
-        keys = rngs or {"params": jax.random.key(7)}
-        variables = ours.init(keys, *args, **kwargs)
-        assert_same_tree(variables, theirs.init(keys, *args, **kwargs))
+        modules = build(nn), build(flax_nn)
+        keys = rngs or {"params": jax.random.key(7, impl="unsafe_rbg")}  # whose programs are small
+        variables, others = _compiled(lambda: [module.init(keys, *args, **kwargs) for module in modules])
+        assert_same_tree(variables, others)
         apply_keys = {name: jax.random.fold_in(key, 1) for name, key in keys.items() if name != "params"}
+
+        def results(values: Any) -> Any:
+            def run(values: Any, module: Any) -> tuple[jax.Array, Any]:
+                output = module.apply(values, *args, rngs=apply_keys, mutable=mutable, **kwargs)
+                return _scalar(output[0] if mutable else output), output
+
+            if not gradients:
+                return [(run(values, module)[1], ()) for module in modules]
+            with_gradient = jax.value_and_grad(run, has_aux=True, allow_int=True)
+            made = [with_gradient(values, module) for module in modules]
+            return [(output, gradient) for (_, output), gradient in made]
+
         # Away from the initial values, so that scales and biases count.
-        moved = jax.tree.map(_moved, variables)
-
-        def run(module: Any, values: Any) -> Any:
-            return module.apply(values, *args, rngs=apply_keys, mutable=mutable, **kwargs)
-
-        assert_same_tree(run(ours, moved), run(theirs, moved), rtol=rtol)
-        if gradients and not mutable:
-            ours_gradient, theirs_gradient = (
-                jax.grad(lambda values, module=module: _scalar(run(module, values)), allow_int=True)(moved)
-                for module in (ours, theirs)
-            )
-            assert_same_tree(ours_gradient, theirs_gradient, rtol=100 * rtol)
+        (mine, mine_gradient), (other, other_gradient) = _compiled(results, jax.tree.map(_moved, variables))
+        assert_same_tree(mine, other, rtol=rtol)
+        assert_same_tree(mine_gradient, other_gradient, rtol=100 * rtol)
         return variables
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def compiled() -> Callable[..., Any]:
+    """Call a function of arrays, compiled fast."""
+    return _compiled
+
+
+# Little optimisation, as programs of tests run once; and roundings to bfloat16 where the program has them.
+_OPTIONS = {"xla_backend_optimization_level": 0, "xla_allow_excess_precision": False}
+
+
+def _compiled(fn: Callable[..., Any], *args: Any) -> Any:
+    return jax.jit(fn).lower(*args).compile(compiler_options=_OPTIONS)(*args)
 
 
 def _moved(x: jax.Array) -> jax.Array:

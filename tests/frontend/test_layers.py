@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from distaff.frontend import linen as nn
 
-few = settings(max_examples=12, deadline=None)
+few = settings(max_examples=6, deadline=None)
 dtypes = st.sampled_from([None, "float32", "bfloat16"])
 
 
@@ -159,6 +159,36 @@ def test_group_norm_refuses_groups_that_do_not_divide(groups):
 
 
 @few
+@given(
+    options=norm_options,
+    axes=st.sampled_from([-1, 1, (1, 2)]),
+    masked=st.booleans(),
+    use_bias=st.booleans(),
+)
+def test_instance_norm(same_as_flax, options, axes, masked, use_bias):
+    mask = jnp.arange(96).reshape(2, 3, 4, 4) % 7 < 5 if masked else None
+    same_as_flax(
+        lambda nn: nn.InstanceNorm(feature_axes=axes, use_bias=use_bias, **options),
+        array((2, 3, 4, 4)),
+        mask=mask,
+        rtol=5e-6,
+        gradients=not masked,
+    )
+
+
+def test_instance_norm_refuses_the_batch_axis(flax_nn):
+    for library in (nn, flax_nn):
+        with pytest.raises(ValueError, match="batch"):
+            library.InstanceNorm(feature_axes=(0, -1)).init(jax.random.key(0), array((2, 3, 4)))
+
+
+def test_axes_out_of_range_are_refused():
+    for layer in (nn.LayerNorm(reduction_axes=3), nn.DenseGeneral(2, axis=-4), nn.BatchNorm(True, axis=3)):
+        with pytest.raises(ValueError, match="out of range"):
+            layer.init(jax.random.key(0), array((2, 3, 4)))
+
+
+@few
 @given(options=norm_options, axis=st.sampled_from([-1, 1, (0, 2)]), average=st.booleans(), momentum=st.just(0.9))
 def test_batch_norm(same_as_flax, options, axis, average, momentum):
     def build(nn):
@@ -232,6 +262,44 @@ def test_activations_are_those_of_jax(flax_nn):
         np.testing.assert_array_equal(getattr(nn, name)(x), getattr(flax_nn, name)(x))
 
 
+@few
+@given(x_dtype=st.sampled_from(["float32", "bfloat16", "int32"]), slope=st.sampled_from([0.01, 0.3]))
+def test_prelu(same_as_flax, x_dtype, slope):
+    x = (3 * array((2, 5))).astype(x_dtype)
+    same_as_flax(lambda nn: nn.PReLU(negative_slope_init=slope), x)
+    same_as_flax(lambda nn: nn.PReLU(param_dtype=jnp.bfloat16), x)
+
+
+@few
+@given(num_dims=st.sampled_from([1, 2, 3]), drawn=st.sampled_from([(2, 3), (2, 3, 1)]))
+def test_batch_apply(flax_nn, num_dims, drawn):
+    x, y = array((2, 3, 1, 4)), array((*drawn, 4), seed=1)
+
+    def f(x, scale, *, others):
+        return {"sum": x + scale, "others": [2 * other for other in others]}
+
+    results = [
+        library.BatchApply(f, num_dims)(x, jnp.float32(2.0), others=(y,) if num_dims < 3 else (x,))
+        for library in (nn, flax_nn)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    for library in (nn, flax_nn):
+        with pytest.raises(ValueError, match=r"at least|ndim"):
+            library.BatchApply(f, 5)(x, 1.0, others=())
+
+
+def test_batch_apply_of_a_module():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchApply(nn.Dense(3))(x)
+
+    x = array((2, 3, 4))
+    variables = Net().init(jax.random.key(0), x)
+    kernel = variables["params"]["Dense_0"]["kernel"]
+    np.testing.assert_allclose(Net().apply(variables, x), x @ kernel, rtol=1e-5, atol=1e-6)
+
+
 @settings(max_examples=6, deadline=None)
 @given(
     heads=st.sampled_from([1, 2]),
@@ -262,7 +330,7 @@ def test_multi_head_attention(same_as_flax, heads, options, cross, causal):
     )
 
 
-@pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated")
+@pytest.mark.filterwarnings("ignore:SelfAttention")
 @pytest.mark.parametrize("broadcast", [True, False])
 def test_attention_dropout_and_sown_weights(same_as_flax, broadcast):
     def build(nn):
@@ -290,6 +358,51 @@ def test_decoding_with_a_cache_equals_one_causal_pass():
         np.testing.assert_allclose(y[:, 0], whole[:, i], atol=1e-5)
     with pytest.raises(ValueError, match="one token a call"):
         decoder.apply({"params": variables["params"], "cache": cache}, x, mutable=["cache"])
+
+
+def test_decoding_keeps_the_cache_of_flax(flax_nn):
+    x = array((2, 3, 4))
+    results = []
+    for library in (nn, flax_nn):
+        decoder = library.MultiHeadDotProductAttention(2, decode=True)
+        variables = decoder.init(jax.random.key(0), x)
+        outputs = [variables]
+        for i in range(2):
+            y, updates = decoder.apply(variables, x[:, i : i + 1], mutable=["cache"])
+            variables = {"params": variables["params"], **updates}
+            outputs += [y, updates]
+        results.append(outputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *results)
+
+
+def test_attention_passes_on_what_its_function_takes(same_as_flax):
+    def uniform(query, key, value, mask=None):
+        assert mask is None
+        return jnp.broadcast_to(value.mean(-3, keepdims=True), (*query.shape[:-1], value.shape[-1]))
+
+    same_as_flax(
+        lambda nn: nn.MultiHeadAttention(2, attention_fn=uniform, dropout_rate=0.1),
+        array((2, 5, 4)),
+        deterministic=True,
+    )
+
+
+def test_misused_attention_has_the_error_class_of_flax(flax_nn):
+    x = array((2, 5, 4))
+    q = array((2, 5, 2, 4))
+    for library in (nn, flax_nn):
+        layer = library.MultiHeadDotProductAttention(2, dropout_rate=0.1)
+        for misuse in (
+            lambda layer=layer: layer.init(jax.random.key(0), x),  # deterministic is missing
+            lambda layer=layer: layer.init(jax.random.key(0), x, x, inputs_kv=x, deterministic=True),
+            lambda layer=layer: layer.init(jax.random.key(0), x, None, x, deterministic=True),
+            lambda library=library: library.dot_product_attention(q, q, q, qk_attn_weights_einsum=jnp.einsum),
+            lambda library=library: library.dot_product_attention_weights(q, q, precision="highest", einsum=jnp.einsum),
+        ):
+            with pytest.raises(ValueError):
+                misuse()
+        with pytest.warns(DeprecationWarning, match="mask"):
+            library.MultiHeadDotProductAttention(2).init(jax.random.key(0), x, x, array((2, 4, 4)[:1] + (5, 5)))
 
 
 def test_dot_product_attention_with_bias_and_grouped_batches(flax_nn):

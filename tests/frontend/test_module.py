@@ -662,7 +662,7 @@ def test_interceptors_wrap_calls_in_order():
     model, variables = nn.Dense(2), nn.Dense(2).init(KEY, X)
     with nn.intercept_methods(logger("outer")), nn.intercept_methods(logger("inner")):
         y = model.apply(variables, X)
-    assert calls == [("inner", "Dense", "__call__"), ("outer", "Dense", "__call__")]
+    assert calls == [("outer", "Dense", "__call__"), ("inner", "Dense", "__call__")]
     np.testing.assert_allclose(y, model.apply(variables, X) + 2, rtol=1e-6)
 
 

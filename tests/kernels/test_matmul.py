@@ -92,7 +92,7 @@ class Call:
                 activations=self.activations,
                 **self.arrays,
                 **options,
-            )
+            )[0]
         )
 
     def exact(self):
@@ -211,6 +211,30 @@ def test_tokens_outside_the_matrix_read_the_nearest_column(platform):
     assert np.array_equal(np.asarray(found), unpack(call.packed)[:, [0, 19, 19]].T)
 
 
+@pytest.mark.parametrize("platform", [pytest.param("cpu", marks=NATIVE), "tpu"])
+@pytest.mark.parametrize("tokens", [1, 7, 150])
+def test_matrices_side_by_side_have_results_of_their_own(platform, tokens):
+    rng = np.random.default_rng(tokens)
+    widths, padded = (40, 16, 200, 3), (48, 16, 208, 16)
+    parts = [rng.normal(size=(50, width)).astype(np.float32) for width in widths]
+    joined = np.concatenate([np.pad(p, ((0, 0), (0, n - p.shape[1]))) for p, n in zip(parts, padded, strict=True)], 1)
+    bias = rng.normal(size=sum(padded)).astype(np.float32)
+    x = rng.normal(size=(tokens, 50)).astype(np.float32)
+    shape = {"format": WeightFormat("float32"), "rows": 50, "columns": sum(padded), "parts": widths}
+    found = matmul(jnp.asarray(x), pack(joined, shape["format"]).arrays, bias=bias, platform=platform, **shape)
+    starts = np.cumsum([0, *padded])
+    for result, part, start in zip(found, parts, starts, strict=False):
+        np.testing.assert_allclose(result, x @ part + bias[start : start + part.shape[1]], rtol=1e-4, atol=1e-4)
+
+
+@NATIVE
+@pytest.mark.parametrize("live", [0, 1, 13, 40, 99])
+def test_rows_before_padding_are_those_of_a_call_without(live):
+    call = Call("bf16", 40, 64, 48, residual=True)
+    found = call.run(live=jnp.int32(live))
+    np.testing.assert_array_equal(found[:live], call.run()[:live])
+
+
 @NATIVE
 def test_no_tokens():
     assert Call("bf16", 0, 40, 20, norm=True).run().shape == (0, 20)
@@ -232,7 +256,7 @@ def test_under_jit_with_traced_weights_and_exported(platform):
             activation="silu",
             gated=True,
             platform=platform,
-        )
+        )[0]
 
     arrays = tuple(map(jnp.asarray, call.packed.arrays))
     arguments = call.x, arrays, jnp.asarray(call.arrays["norm_weight"])
@@ -266,6 +290,8 @@ def test_choice_is_explained():
         ({"residual": jnp.zeros((3, 20))}, r"residual must be float32\[2, 20\]"),
         ({"activations": "int4"}, "activations are int8 or float32"),
         ({"gated": True, "columns": 21}, "21 gated columns: they must be even"),
+        ({"parts": (20, 3)}, r"parts \(20, 3\) must fill 20 columns"),
+        ({"live": jnp.zeros(1, jnp.int32)}, r"live must be int32\[\], not int32\[1\]"),
     ],
 )
 def test_calls_that_do_not_fit(change, message):

@@ -7,82 +7,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from attention_cases import LAYER, LAYERS, Inputs, check_result, ragged_batch, random_inputs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax import export
 
-from distaff.kernels.paged_attention import AttentionSpec, StepBatch, batch_shapes, paged_attention, xla
+from distaff.kernels import native
+from distaff.kernels.paged_attention import AttentionSpec, Rotary, StepBatch, batch_shapes, paged_attention, xla
 from distaff.kernels.paged_attention.reference import attention as reference
 from distaff.kernels.registry import choose
 
 SMALL = xla.Blocks(decode_rows=2, decode_chunk=8, prefill_queries=3, prefill_chunk=12, folded_heads=4)
-LAYERS, LAYER = 2, 1
 
 many = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def ragged_batch(
-    rng: np.random.Generator, tokens: int, requests: int, width: int, page: int, *, one_each: bool = False
-) -> tuple[StepBatch, int]:
-    """A random step over scattered pages, as numpy arrays, and the size of the pool that it needs."""
-    live = int(rng.integers(0, requests + 1))
-    decodes = int(rng.integers(0, live + 1))
-    lengths = np.ones(live, int)
-    if one_each:
-        decodes = live
-    elif live > decodes:
-        lengths[decodes:] += rng.multinomial(
-            rng.integers(0, tokens - live + 1), np.ones(live - decodes) / (live - decodes)
-        )
-    lengths = np.minimum(lengths, width * page)
-    contexts = np.zeros(requests, np.int32)
-    contexts[:live] = [rng.integers(n, width * page + 1) for n in lengths]
-    starts = np.zeros(requests + 1, np.int32)
-    starts[1 : live + 1] = np.cumsum(lengths)
-    starts[live + 1 :] = lengths.sum()
-    num_pages = 1 + requests * width
-    scattered = rng.permutation(np.arange(1, num_pages)).reshape(requests, width)
-    tables = np.where(np.arange(width) * page < contexts[:, None], scattered, 0).astype(np.int32)
-    rows = np.full(tokens, requests - 1, np.int32)
-    positions, slots = np.zeros(tokens, np.int32), np.zeros(tokens, np.int32)
-    for row, length in enumerate(lengths):
-        span = slice(starts[row], starts[row + 1])
-        rows[span] = row
-        positions[span] = np.arange(contexts[row] - length, contexts[row])
-        slots[span] = tables[row, positions[span] // page] * page + positions[span] % page
-    zeros = np.zeros(tokens, np.int32)
-    batch = StepBatch(zeros, positions, slots, rows, starts, contexts, tables, np.int32(decodes), zeros[:1])
-    return batch, num_pages
-
-
-def dense(spec: AttentionSpec, q, k_pages, v_pages, batch: StepBatch, sinks=None) -> np.ndarray:
-    """The live tokens' outputs ``[batch.starts[-1], H, Dv]``, one softmax at a time."""
-    outputs = []
-    for token in range(batch.starts[-1]):
-        row, i = batch.rows[token], batch.positions[token]
-        keys, values = (
-            pages[LAYER, batch.tables[row]].reshape(-1, *pages.shape[3:])[: batch.contexts[row]].astype(np.float64)
-            for pages in (k_pages, v_pages)
-        )
-        j = np.arange(len(keys))
-        seen = np.ones(len(keys), bool)
-        if spec.causal:
-            seen &= j <= i
-        if spec.window:
-            seen &= j > i - spec.window
-        if spec.mask:
-            seen &= np.asarray(spec.mask(np.int32(i), j))
-        for head in range(q.shape[1]):
-            kv = head * keys.shape[1] // q.shape[1]
-            scores = keys[:, kv] @ q[token, head].astype(np.float64) * spec.scale
-            if spec.softcap:
-                scores = np.tanh(scores / spec.softcap) * spec.softcap
-            if spec.slopes:
-                scores = scores - spec.slopes[head] * (i - j)
-            weights = np.exp(scores) * seen
-            total = weights.sum() + (0 if sinks is None else np.exp(float(sinks[head])))
-            outputs.append(weights @ values[:, kv] / (total or 1))
-    return np.reshape(outputs, (-1, q.shape[1], v_pages.shape[4]))
 
 
 def same_block(q, k):
@@ -107,6 +44,8 @@ CASES = {
     "own-causality": (AttentionSpec(0.4, causal=False, window=7, mask=up_to_itself), 4, 2, 8, 8, False),
     "not-causal": (AttentionSpec(0.4, causal=False), 4, 4, 8, 8, True),
     "sinks": (AttentionSpec(0.4, window=3), 10, 2, 8, 5, True),
+    "rotary-half": (AttentionSpec(0.4, rotary=Rotary("half", 6)), 4, 2, 8, 8, False),
+    "rotary-interleaved": (AttentionSpec(0.4, rotary=Rotary("interleaved", 8)), 4, 4, 8, 6, False),
     "sees-nothing": (AttentionSpec(0.4, window=2, mask=even_distance), 2, 1, 4, 4, False),
 }
 IMPLEMENTATIONS = {"xla": functools.partial(xla.attention, blocks=SMALL), "reference": reference}
@@ -118,21 +57,21 @@ def compiled(case: str, implementation: str):
     return jax.jit(functools.partial(IMPLEMENTATIONS[implementation], spec))
 
 
-def arrays(rng: np.random.Generator, case: str, tokens: int, num_pages: int, page: int):
-    _, heads, kv_heads, size, value_size, has_sinks = CASES[case]
-    pool = (LAYERS, num_pages, page, kv_heads)
-    q = rng.normal(size=(tokens, heads, size)).astype(np.float32)
-    k, v = (rng.normal(size=(*pool, n)).astype(np.float32) for n in (size, value_size))
-    return q, k, v, rng.normal(size=heads).astype(np.float32) if has_sinks else None
+def arrays(rng: np.random.Generator, case: str, tokens: int, num_pages: int, page: int = 4):
+    """Inputs, sinks and rotary tables of a case."""
+    spec, heads, kv_heads, size, value_size, has_sinks = CASES[case]
+    inputs = random_inputs(rng, (heads, kv_heads), (size, value_size), tokens, (num_pages, page))
+    sinks = rng.normal(size=heads).astype(np.float32) if has_sinks else None
+    rotary = None if spec.rotary is None else tuple(rng.normal(size=(2, 28, spec.rotary.size)).astype(np.float32))
+    return inputs, sinks, rotary
 
 
 def check(case: str, implementation: str, seed: int, tokens: int, requests: int, **shape: bool) -> None:
     rng = np.random.default_rng(seed)
     batch, num_pages = ragged_batch(rng, tokens, requests, width=7, page=4, **shape)
-    q, k, v, sinks = arrays(rng, case, tokens, num_pages, 4)
-    output = np.asarray(compiled(case, implementation)(q, k, v, LAYER, batch, sinks))
-    assert np.isfinite(output).all()
-    np.testing.assert_allclose(output[: batch.starts[-1]], dense(CASES[case][0], q, k, v, batch, sinks), atol=2e-5)
+    inputs, sinks, rotary = arrays(rng, case, tokens, num_pages)
+    result = compiled(case, implementation)(*inputs, LAYER, batch, sinks, rotary)
+    check_result(result, CASES[case][0], inputs, batch, sinks, rotary)
 
 
 seeds = st.integers(0, 2**32)
@@ -162,10 +101,8 @@ def test_blocks_as_shipped(tokens, requests):
     attend = jax.jit(functools.partial(paged_attention, spec))
     for _ in range(3):
         batch, num_pages = ragged_batch(rng, tokens, requests, width=21, page=16, one_each=tokens == requests)
-        q = rng.normal(size=(tokens, 9, 64)).astype(np.float32)
-        k, v = rng.normal(size=(2, LAYERS, num_pages, 16, 3, 64)).astype(np.float32)
-        output = np.asarray(attend(q, k, v, LAYER, batch))
-        np.testing.assert_allclose(output[: batch.starts[-1]], dense(spec, q, k, v, batch), atol=2e-5)
+        inputs = random_inputs(rng, (9, 3), (64, 64), tokens, (num_pages, 16))
+        check_result(attend(*inputs, LAYER, batch), spec, inputs, batch)
 
 
 def test_decode_program_counts_tokens_itself():
@@ -173,9 +110,9 @@ def test_decode_program_counts_tokens_itself():
     rng = np.random.default_rng(0)
     batch, num_pages = ragged_batch(rng, 5, 5, 7, 4, one_each=True)
     assert batch.starts[-1] > 0
-    q, k, v, _ = arrays(rng, "grouped", 5, num_pages, 4)
-    output = compiled("grouped", "xla")(q, k, v, LAYER, batch._replace(decodes=np.int32(0)), None)
-    np.testing.assert_allclose(output[: batch.starts[-1]], dense(CASES["grouped"][0], q, k, v, batch), atol=2e-5)
+    inputs, _, _ = arrays(rng, "grouped", 5, num_pages)
+    result = compiled("grouped", "xla")(*inputs, LAYER, batch._replace(decodes=np.int32(0)), None, None)
+    check_result(result, CASES["grouped"][0], inputs, batch)
 
 
 def test_fewer_tokens_than_rows():
@@ -186,41 +123,57 @@ def test_fewer_tokens_than_rows():
         contexts=np.append(batch.contexts, [0] * 3).astype(np.int32),
         tables=np.pad(batch.tables, ((0, 3), (0, 0))),
     )
-    q, k, v, _ = arrays(rng, "grouped", 4, num_pages, 4)
-    output = compiled("grouped", "xla")(q, k, v, LAYER, wide, None)
-    np.testing.assert_allclose(output[: batch.starts[-1]], dense(CASES["grouped"][0], q, k, v, batch), atol=2e-5)
+    inputs, _, _ = arrays(rng, "grouped", 4, num_pages)
+    check_result(compiled("grouped", "xla")(*inputs, LAYER, wide, None, None), CASES["grouped"][0], inputs, batch)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_bits_in_the_pool(implementation):
     rng = np.random.default_rng(1)
     batch, num_pages = ragged_batch(rng, 17, 5, 7, 4)
-    q, k, v, _ = (None if a is None else a.astype(ml_dtypes.bfloat16) for a in arrays(rng, "grouped", 17, num_pages, 4))
-    output = compiled("grouped", implementation)(q, k.view(np.uint16), v.view(np.uint16), LAYER, batch, None)
+    inputs = Inputs(*(a.astype(ml_dtypes.bfloat16) for a in arrays(rng, "grouped", 17, num_pages)[0]))
+    bits = [a.view(np.uint16) for a in (inputs.k_pages, inputs.v_pages)]
+    result = compiled("grouped", implementation)(*inputs[:3], *bits, LAYER, batch, None, None)
+    output, *pools = (np.asarray(array) for array in result)
     assert output.dtype == jnp.bfloat16
-    wanted = dense(CASES["grouped"][0], q, k, v, batch)
-    np.testing.assert_allclose(np.asarray(output, np.float64)[: len(wanted)], wanted, atol=0.02)
+    pools = [pool.view(ml_dtypes.bfloat16) for pool in pools]
+    check_result((output, *pools), CASES["grouped"][0], inputs, batch, atol=0.02)
 
 
-def test_keys_and_values_in_one_array_under_a_traced_layer():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_keys_and_values_in_one_array_under_a_traced_layer(implementation):
     rng = np.random.default_rng(2)
     batch, num_pages = ragged_batch(rng, 17, 5, 7, 4)
-    q, k, _, _ = arrays(rng, "grouped", 17, num_pages, 4)
-    output = compiled("grouped", "xla")(q, k, k, jnp.int32(LAYER), batch, None)
-    np.testing.assert_allclose(output[: batch.starts[-1]], dense(CASES["grouped"][0], q, k, k, batch), atol=2e-5)
+    inputs, _, _ = arrays(rng, "grouped", 17, num_pages)
+    output, pool, none = compiled("grouped", implementation)(
+        *inputs[:2], None, inputs.k_pages, None, jnp.int32(LAYER), batch, None, None
+    )
+    assert none is None
+    shared = inputs._replace(v=inputs.k, v_pages=inputs.k_pages)
+    check_result((output, pool, pool), CASES["grouped"][0], shared, batch)
+
+
+def test_one_array_for_both_pools_is_returned_as_one():
+    rng = np.random.default_rng(2)
+    batch, num_pages = ragged_batch(rng, 17, 5, 7, 4)
+    inputs, _, _ = arrays(rng, "grouped", 17, num_pages)
+    pool = jnp.asarray(inputs.k_pages)
+    result = paged_attention(CASES["grouped"][0], *inputs[:2], inputs.q, pool, pool, LAYER, batch)
+    assert result[1] is result[2]
+    check_result(result, CASES["grouped"][0], inputs._replace(v=inputs.k, v_pages=inputs.k_pages), batch)
 
 
 def test_number_of_pages_may_be_symbolic():
     rng = np.random.default_rng(4)
     batch, num_pages = ragged_batch(rng, 17, 5, 7, 4)
-    q, k, v, _ = arrays(rng, "grouped", 17, num_pages, 4)
+    inputs, _, _ = arrays(rng, "grouped", 17, num_pages)
     spec = CASES["grouped"][0]
-    pool = jax.ShapeDtypeStruct((LAYERS, export.symbolic_shape("n")[0], *k.shape[2:]), k.dtype)
-    exported = export.export(jax.jit(lambda q, k, v, batch: paged_attention(spec, q, k, v, LAYER, batch)))(
-        q, pool, pool, StepBatch(*batch_shapes(17, 5, 1, 7))
-    )
-    output = exported.call(q, k, v, batch)
-    np.testing.assert_allclose(output[: batch.starts[-1]], dense(spec, q, k, v, batch), atol=2e-5)
+    pool = jax.ShapeDtypeStruct((LAYERS, export.symbolic_shape("n")[0], *inputs.k_pages.shape[2:]), jnp.float32)
+    function = jax.jit(lambda *arrays: xla.attention(spec, *arrays[:5], LAYER, arrays[5], None, None))
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in native.register()]
+    shapes = StepBatch(*batch_shapes(17, 5, 1, 7))
+    exported = export.export(function, disabled_checks=checks)(*inputs[:3], pool, pool, shapes)
+    check_result(exported.call(*inputs, batch), spec, inputs, batch)
 
 
 @pytest.mark.smoke
@@ -231,19 +184,30 @@ def test_number_of_pages_may_be_symbolic():
         ({"q": (17, 6, 4)}, "as wide as queries"),
         ({"q": (16, 6, 8)}, "batch has 17 tokens"),
         ({"q": (17, 48)}, r"must be q\[T, H, D\]"),
+        ({"k": (17, 2, 8)}, r"must be \[17, 3, 8\]"),
+        ({"v": (16, 3, 8)}, "must be as k"),
+        ({"spec": AttentionSpec(1.0, rotary=Rotary("half", 4))}, "has no tables"),
+        ({"spec": AttentionSpec(1.0, rotary=Rotary("half", 10)), "rotary": (30, 10)}, "more than the 8 values"),
+        ({"spec": AttentionSpec(1.0, rotary=Rotary("half", 4)), "rotary": (30, 8)}, r"both be \[P, 4\]"),
+        ({"rotary": (30, 4)}, "spec.rotary is None"),
         ({"sinks": (3,)}, "one per query head"),
         ({"spec": AttentionSpec(1.0, slopes=(1.0,))}, "1 slopes for 6 query heads"),
     ],
 )
 def test_wrong_calls_are_refused(change, message):
-    arguments = {"q": (17, 6, 8), "sinks": (6,), "spec": AttentionSpec(1.0)} | change
+    rows = (17, 3, 8)
+    arguments = {"q": (17, 6, 8), "k": rows, "v": rows, "sinks": (6,), "spec": AttentionSpec(1.0)} | change
     pool = jax.ShapeDtypeStruct((LAYERS, 9, 4, 3, 8), jnp.float32)
-    q, sinks = (jax.ShapeDtypeStruct(arguments[name], jnp.float32) for name in ("q", "sinks"))
+    q, k, v, sinks = (jax.ShapeDtypeStruct(arguments[name], jnp.float32) for name in ("q", "k", "v", "sinks"))
+    table = jax.ShapeDtypeStruct(arguments.get("rotary", (1, 1)), jnp.float32)
+
+    def call(*arrays):
+        *inputs, batch, sinks, table = arrays
+        rotary = (table, table) if "rotary" in change else None
+        return paged_attention(arguments["spec"], *inputs, 0, batch, sinks=sinks, rotary=rotary)
+
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(
-            lambda q, k, v, batch, sinks: paged_attention(arguments["spec"], q, k, v, 0, batch, sinks=sinks),
-            q, pool, pool, StepBatch(*batch_shapes(17, 5, 1, 7)), sinks,
-        )  # fmt: skip
+        jax.eval_shape(call, q, k, v, pool, pool, StepBatch(*batch_shapes(17, 5, 1, 7)), sinks, table)
 
 
 @pytest.mark.smoke
@@ -254,6 +218,14 @@ def test_meaningless_specs_are_refused(wrong):
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize(("kind", "size"), [("half", 3), ("interleaved", 0), ("quarter", 4)])
+def test_meaningless_rotary_is_refused(kind, size):
+    with pytest.raises(ValueError, match=r"(size|kind) is"):
+        Rotary(kind, size)
+
+
+@pytest.mark.smoke
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
 def test_every_platform_has_the_xla_form(platform):
-    assert choose("paged_attention", platform, {}).function is xla.attention
+    attributes = {"spec": AttentionSpec(1.0, causal=False)}
+    assert choose("paged_attention", platform, attributes).function is xla.attention

@@ -23,10 +23,12 @@ def test_rows_land_in_their_slots_and_are_read_back_in_order(seed, tokens, trace
     rng = np.random.default_rng(seed)
     pool = rng.normal(size=(3, 7, 4, 2, 5)).astype(np.float32)
     slots = rng.permutation(28)[:tokens].astype(np.int32)
+    padding = slots == 0
     values = rng.normal(size=(tokens, 2, 5)).astype(np.float32)
     layer = int(rng.integers(3))
     wanted = pool.copy()
-    wanted[layer].reshape(28, 2, 5)[slots] = values
+    wanted[layer].reshape(28, 2, 5)[slots] = np.where(padding[:, None, None], 0, values)
+    values[padding] = np.nan  # padding may hold anything
     written = jax.jit(write_pages, static_argnums=() if traced else 1)(pool, layer, slots, values)
     np.testing.assert_array_equal(written, wanted)
     table = rng.integers(0, 7, 5).astype(np.int32)
@@ -51,9 +53,9 @@ def test_values_are_cast_to_the_pool():
 
 
 def one_layer(layer, x, k_pages, v_pages, batch):
-    k_pages = write_pages(k_pages, layer, batch.slots, x[:, :KV])
-    v_pages = write_pages(v_pages, layer, batch.slots, 2 * x[:, :KV])
-    return x + paged_attention(AttentionSpec(0.1), x, k_pages, v_pages, layer, batch), k_pages, v_pages
+    k, v = x[:, :KV], 2 * x[:, :KV]
+    output, *pools = paged_attention(AttentionSpec(0.1), x, k, v, k_pages, v_pages, layer, batch)
+    return x + output, *pools
 
 
 def unrolled(k_pages, v_pages, x, batch):

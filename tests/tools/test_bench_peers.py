@@ -38,11 +38,17 @@ def toys(tmp_path, monkeypatch):
     harness = peer_engines.DRIVERS / "harness.py"
     (tmp_path / "harness.py").write_text(harness.read_text())
     monkeypatch.setattr(bench_peers, "DRIVERS", tmp_path)
-    monkeypatch.setattr(bench_peers, "machine_note", lambda: "")
+    monkeypatch.setattr(bench_peers, "await_quiet", lambda: None)
+    monkeypatch.setattr(bench_peers, "_BUSY_SHARE", 2.0)  # tests run beside others
 
     def make(engine="toy", **options):
         return Peer(
-            engine=engine, driver="toy", dtype="float32", weights="artifact", distribution="click", options=options
+            engine=engine,
+            driver="toy",
+            dtype="float32",
+            weights="artifact:float32",
+            distribution="click",
+            options=options,
         )
 
     return make
@@ -60,6 +66,11 @@ def test_requests_are_seeded_and_scaled():
     assert all(16 <= count <= 256 for count in job["counts"]) and max(job["counts"]) > 200
     assert [len(prompt) for prompt in job["single_prompts"]] == [8, 32, 32, 32] and job["single_count"] == 128
     assert len({prompt[0] for prompt in job["single_prompts"]}) == 4  # a prefix cache must not help
+    assert [len(prompt) for prompt in job["long_prompts"]] == [512] * 4
+    warm, shared = job["shared_prompts"]
+    assert (
+        len(shared) == 32 and len({tuple(prompt[:400]) for prompt in shared}) == 1 and warm[0][:400] != shared[0][:400]
+    )
     small, _ = make_job(4, 0, 0.1, 49152)
     assert max(map(len, small["prompts"])) <= 60 and max(small["counts"]) <= 26 and small["single_count"] == 13
 
@@ -95,7 +106,30 @@ def test_a_run_measures_and_compares(toys, tmp_path):
         assert row.output_per_s < tokens / (0.02 * max(job["counts"]))
         assert 5 < row.decode_per_s < 100  # the toy takes 20 ms a token
         assert 1 < row.peak_mib < 1000
+        assert 0.02 < row.long_prompt_s < 1 and 0.06 < row.shared_prefix_s < 5 and row.spread == 0
     assert 0.3 < rows[0].startup_s < 30
+
+
+def test_engines_take_turns_and_rows_are_medians(toys, tmp_path, monkeypatch):
+    seconds = iter([1.0, 2.0, 3.0, 2.0, 8.0, 2.0])
+    order = []
+
+    def execute(peer, python, job, work, timeout):
+        order.append(peer.engine)
+        measured = {"first_token_at": 5.0, "startup_began": 4.0, "decode_per_s": None, "long_prompt_s": 1.0}
+        measured |= {"shared_prefix_s": 1.0, "peak_bytes": 0, "others": 0.5, "outputs": [[1]], "seconds": next(seconds)}
+        return measured
+
+    monkeypatch.setattr(bench_peers, "execute", execute)
+    monkeypatch.setattr(bench_peers, "_BUSY_SHARE", 0.1)
+    job = {"prompts": [[1]], "counts": [6]}
+    rows = compare([toys("a"), toys("b")], job, ModelForms(tmp_path, tmp_path), tmp_path, tmp_path, 1.0, rounds=3)
+    assert order == ["a", "b"] * 3
+    assert [(row.output_per_s, row.spread, row.decode_per_s) for row in rows] == [
+        (2.0, pytest.approx(7 / 3), None),
+        (3.0, 0, None),
+    ]
+    assert all("others took 50%" in row.note for row in rows)
 
 
 def test_a_failure_is_a_row_and_the_rest_goes_on(toys, tmp_path):
@@ -120,7 +154,8 @@ def test_memory_of_children_counts():
     child = "import time; held = bytearray(150 << 20); time.sleep(1.5)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     process = subprocess.Popen([sys.executable, "-c", parent], start_new_session=True)
-    assert 150 << 20 < watch(process, 60) < 400 << 20
+    peak, others = watch(process, 60)
+    assert 150 << 20 < peak < 400 << 20 and 0 <= others <= 1
 
 
 def test_a_missing_environment_is_made_in_order(tmp_path, monkeypatch):
@@ -150,11 +185,11 @@ def test_agreement_and_last_lines():
 
 
 def test_reports(tmp_path):
-    good = Row("distaff", "float32", "1", 1.25, 1234.5, 2000.0, 50.0, 700.0, 0.5, "")
+    good = Row("distaff", "float32", "1", 1.25, 1234.5, 2000.0, 50.0, 0.4, 3.0, 700.0, 0.5, 0.02, "")
     failed = Row("vllm", "float32", note="failed: a | b")
     lines = markdown([good, failed]).splitlines()
-    assert lines[2] == "| distaff | 1 | float32 | 1.2 | 1,234.5 | 2,000.0 | 50.0 | 700.0 | 50% |  |"
-    assert lines[3].count("–") == 6 and r"a \| b" in lines[3]
+    assert lines[2] == "| distaff | 1 | float32 | 1.25 | 1,234.5 | 2,000.0 | 50.0 | 0.40 | 3.00 | 700.0 | 50% | 2% |  |"
+    assert lines[3].count("–") == 9 and r"a \| b" in lines[3]
     write_json(tmp_path / "r.json", [good, failed], {"requests": 3})
     assert json.loads((tmp_path / "r.json").read_text())["rows"][1]["note"] == "failed: a | b"
     pytest.importorskip("matplotlib")
@@ -166,15 +201,24 @@ def test_reports(tmp_path):
 def test_the_command_line(tmp_path, monkeypatch):
     asked = []
 
-    def record(peers, job, forms, environments, work, timeout):
+    def record(peers, job, forms, environments, work, timeout, rounds):
         asked.extend(peer.name for peer in peers)
-        return [Row("distaff", "float32", "1", 1.0, 2.0, 3.0, 4.0, 5.0, 1.0)]
+        return [Row("distaff", "float32", "1", 1.0, 2.0, 3.0, 4.0, 5.0, 1.0, 2.0)]
 
     monkeypatch.setattr(bench_peers, "compare", record)
-    arguments = ["--engines", "vllm,distaff", "--num-prompts", "2", "--envs", tmp_path, "--output", tmp_path / "t.md"]
+    arguments = [
+        "--engines",
+        "vllm,distaff-int8g32",
+        "--num-prompts",
+        "2",
+        "--envs",
+        tmp_path,
+        "--output",
+        tmp_path / "t.md",
+    ]
     result = CliRunner().invoke(main, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
-    assert asked == ["distaff-float32", "vllm-float32", "vllm-bfloat16"]
+    assert asked == ["distaff-int8g32", "vllm-float32", "vllm-bfloat16"]
     assert "| distaff | 1 | float32 |" in (tmp_path / "t.md").read_text()
     assert len((tmp_path / "work" / "workload.jsonl").read_text().splitlines()) == 2
     result = CliRunner().invoke(main, ["--engines", "distaff,nothing"])

@@ -16,7 +16,7 @@ from distaff.tools import compile_model, compile_on_demand
 from distaff.tools.compile_on_demand import artifact_for
 
 VOCAB, WIDTH, HEADS = 64, 32, 4
-SMALL = ["--max-model-len", "48", "--buckets", "decode=2 mixed=8x2", "--page-size", "4"]
+SMALL = ["--dtype", "float32", "--max-model-len", "48", "--buckets", "decode=2 mixed=8x2", "--page-size", "4"]
 
 
 def parameters(seed=0):
@@ -79,7 +79,7 @@ def test_compiles_an_artifact_that_serves_the_model(tmp_path, loads):
     for shown in ("decode-2", "mixed-8x2", "attentions", "validation", f"serve-model {tmp_path / 'a'}"):
         assert shown in result.output.replace("\n", "") or shown in result.output
     assert any((tmp_path / "ir").iterdir())
-    assert loads == [("toy", {"dtype": "auto", "max_model_len": 48})]
+    assert loads == [("toy", {"dtype": "float32", "max_model_len": 48})]
 
     manifest = Manifest.load(tmp_path / "a")
     assert (manifest.model, manifest.max_model_len, manifest.eos_token_ids) == ("toy", 48, (2,))

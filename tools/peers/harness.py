@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -35,11 +36,11 @@ def timed(engine: Engine, prompts: list[list[int]], counts: list[int]) -> tuple[
 
 
 def measure(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
-    """Times the job: the first token, then one request alone, then all requests together.
+    """Times the job: the first token, one request alone, a long prompt, all requests together, and a shared prefix.
 
     The decode rate of the request alone is over its tokens after the first: the time of one token is taken off, and
-    the rate is None if others on the machine made that the longer one. Both follow an untimed run of their shapes; the
-    three prompts have one length and no common prefix, so that no prefix cache helps.
+    the rate is None if others on the machine made that the longer one. Everything timed follows an untimed run of its
+    shapes with other prompts; no two prompts have a prefix in common but those that are to share one.
     """
     short, warm_up, other, alone = job["single_prompts"]
     timed(engine, [short], [1])
@@ -48,13 +49,20 @@ def measure(engine: Engine, job: dict[str, Any]) -> dict[str, Any]:
     one_token, _ = timed(engine, [other], [1])
     all_tokens, _ = timed(engine, [alone], [job["single_count"]])
     decode_seconds = all_tokens - one_token
+    long_seconds = [timed(engine, [prompt], [1])[0] for prompt in job["long_prompts"]]
     seconds, outputs = timed(engine, job["prompts"], job["counts"])
     return {
         "first_token_at": first_token_at,
         "decode_per_s": (job["single_count"] - 1) / decode_seconds if decode_seconds > 0 else None,
+        "long_prompt_s": statistics.median(long_seconds[1:]),
         "seconds": seconds,
+        "shared_prefix_s": [_shared(engine, prompts, job["shared_count"]) for prompts in job["shared_prompts"]][-1],
         "outputs": [output[:KEPT_TOKENS] for output in outputs],
     }
+
+
+def _shared(engine: Engine, prompts: list[list[int]], count: int) -> float:
+    return timed(engine, prompts, [count] * len(prompts))[0]
 
 
 def main() -> None:

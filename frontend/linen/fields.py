@@ -1,0 +1,29 @@
+"""What the fields of layers hold: types that several layers share, and sizes and axes brought to one form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from distaff.frontend.linen.dtypes import Array
+
+Initializer: TypeAlias = Callable[..., Any]
+# lax.Precision, its name, a pair of either, or None for the default.
+PrecisionLike: TypeAlias = Any
+DotGeneral: TypeAlias = Callable[..., Array]
+# (*arrays or None, dtype=...) -> the arrays, of one dtype.
+PromoteDtype: TypeAlias = Callable[..., list[Any]]
+Axes: TypeAlias = int | Sequence[int]
+
+
+def as_tuple(sizes: int | Sequence[int]) -> tuple[int, ...]:
+    """One or several integers as a tuple."""
+    return (sizes,) if isinstance(sizes, int) else tuple(sizes)
+
+
+def axes_from_front(axes: Axes, ndim: int) -> tuple[int, ...]:
+    """Axes of an array of rank ``ndim``, counted from the front, in order; ValueError if one is out of range."""
+    axes = as_tuple(axes)
+    if any(not -ndim <= axis < ndim for axis in axes):
+        raise ValueError(f"Axes {axes} are out of range for an input with {ndim} axes.")
+    return tuple(sorted(axis % ndim for axis in axes))

@@ -1,0 +1,3 @@
+// Paged attention for processors with plain C++.
+#define DISTAFF_LEVEL generic
+#include "attention_level.h"
