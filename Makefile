@@ -5,7 +5,7 @@ CACHE ?= .cache
 # A worker a core; a file stays with one worker, as its fixtures are expensive.
 PARALLEL ?= -n auto --dist loadfile
 
-.PHONY: demo test lint typecheck pytest smoke clean
+.PHONY: demo test lint typecheck pytest smoke sanitize clean
 
 demo: $(VENV)/.run
 	$(PY) -m distaff.tools.demo --cache $(CACHE)
@@ -26,6 +26,14 @@ pytest: $(VENV)/.test
 # The quick subset, which needs no torch, transformers or flax.
 smoke: $(VENV)/.smoke
 	$(VENV)/bin/pytest -m smoke $(PARALLEL)
+
+# The native kernels under the address, undefined-behaviour and thread sanitizers, at every level of this processor.
+sanitize: $(VENV)/.run
+	for kind in address undefined thread; do \
+	  $(PY) -m cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
+	    -DPython_EXECUTABLE=$(abspath $(PY)) -DDISTAFF_TESTS=ON -DDISTAFF_SANITIZE=$$kind && \
+	  $(PY) -m cmake --build build/$$kind --target native_tests && build/$$kind/native_tests || exit 1; \
+	done
 
 build/links:
 	mkdir -p $@/distaff

@@ -29,9 +29,11 @@ inline void relax_cpu() {
 #endif
 }
 
-class Threads {
+// `Pool` is a handle with `num_threads()` and `Schedule(function)`: XLA's, or that of the native tests.
+template <typename Pool>
+class BasicThreads {
  public:
-  explicit Threads(xla::ffi::ThreadPool pool) : pool_(pool), count_(static_cast<int>(pool.num_threads())) {}
+  explicit BasicThreads(Pool pool) : pool_(pool), count_(static_cast<int>(pool.num_threads())) {}
 
   // How many threads may work at the same time, the caller included.
   int count() const { return count_ < 1 ? 1 : count_; }
@@ -85,8 +87,10 @@ class Threads {
   }
 
  private:
-  xla::ffi::ThreadPool pool_;
+  Pool pool_;
   int count_;
 };
+
+using Threads = BasicThreads<xla::ffi::ThreadPool>;
 
 }  // namespace distaff
