@@ -5,7 +5,7 @@ CACHE ?= .cache
 # A worker a core; a file stays with one worker, as its fixtures are expensive.
 PARALLEL ?= -n auto --dist loadfile
 
-.PHONY: demo test lint typecheck pytest smoke clean
+.PHONY: demo test lint typecheck pytest smoke sanitize clean
 
 demo: $(VENV)/.run
 	$(PY) -m distaff.tools.demo --cache $(CACHE)
@@ -26,6 +26,14 @@ pytest: $(VENV)/.test
 # The quick subset, which needs no torch, transformers or flax.
 smoke: $(VENV)/.smoke
 	$(VENV)/bin/pytest -m smoke $(PARALLEL)
+
+# The native kernels' inner functions under each sanitizer; needs no jax but its headers.
+sanitize: $(VENV)/.test
+	for kind in address undefined thread; do \
+	  $(VENV)/bin/cmake -S . -B build/$$kind -DPython_EXECUTABLE=$$PWD/$(PY) -DDISTAFF_TESTS=ON -DDISTAFF_SANITIZE=$$kind \
+	    && $(VENV)/bin/cmake --build build/$$kind --target native_tests -j && $(VENV)/bin/ctest --test-dir build/$$kind \
+	    --output-on-failure || exit 1; \
+	done
 
 build/links:
 	mkdir -p $@/distaff

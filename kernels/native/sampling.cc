@@ -8,6 +8,7 @@
 #include "parallel.h"
 #include "registry.h"
 #include "sampling_rows.h"
+#include "timing.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace distaff::sampling {
@@ -19,11 +20,14 @@ using Ints = ffi::Buffer<ffi::S32>;
 
 constexpr int kFloats = 7, kInts = 4;  // parameters of a row, as in SamplingRows
 
+Timer timer("sampling");
+
 ffi::Error bad(const char* what) { return ffi::Error::InvalidArgument(std::string("sampling: ") + what); }
 
 // Calls work(row, memory) for every row of logits.
 template <class Work>
 ffi::Error each_row(ffi::ThreadPool pool, Floats logits, int64_t other_rows, Work&& work) {
+  const Timed timed(timer);
   const auto shape = logits.dimensions();
   if (shape.size() != 2 || shape[1] < 1) return bad("logits must be [S, V]");
   if (shape[0] != other_rows) return bad("there are not as many rows of one argument as of another");
