@@ -27,12 +27,12 @@ pytest: $(VENV)/.test
 smoke: $(VENV)/.smoke
 	$(VENV)/bin/pytest -m smoke $(PARALLEL)
 
-# The native kernels under the address, undefined-behaviour and thread sanitizers, at every level of this processor.
-sanitize: $(VENV)/.run
+# The native kernels' inner functions under each sanitizer; needs no jax but its headers.
+sanitize: $(VENV)/.test
 	for kind in address undefined thread; do \
-	  $(PY) -m cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja \
-	    -DPython_EXECUTABLE=$(abspath $(PY)) -DDISTAFF_TESTS=ON -DDISTAFF_SANITIZE=$$kind && \
-	  $(PY) -m cmake --build build/$$kind --target native_tests && build/$$kind/native_tests || exit 1; \
+	  $(VENV)/bin/cmake -S . -B build/$$kind -DPython_EXECUTABLE=$$PWD/$(PY) -DDISTAFF_TESTS=ON -DDISTAFF_SANITIZE=$$kind \
+	    && $(VENV)/bin/cmake --build build/$$kind --target native_tests -j && $(VENV)/bin/ctest --test-dir build/$$kind \
+	    --output-on-failure || exit 1; \
 	done
 
 build/links:

@@ -20,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from distaff.kernels import native, sampling
+from distaff.kernels.sampling import SamplingRows, TokenLogprobs
 from distaff.runtime import logits as device
-from distaff.runtime.logits import SamplerState, SamplingRows, TokenLogprobs
+from distaff.runtime.logits import SamplerState
 from distaff.runtime.request import Request
 from distaff.runtime.sampling_params import SamplingParams
 
@@ -84,6 +86,7 @@ class Sampler:
         self._max_rows = max_rows
         self._top = top
         self._executables = executables
+        native.register()  # stored programs may call what they were compiled with
         self._programs: dict[str, Callable[..., Any]] = {}
         # One row more than requests: padding, which is greedy and outside of the state.
         self._methods = np.zeros(max_rows + 1, np.int32)
@@ -191,14 +194,14 @@ class Sampler:
         logits = _abstract((size, self._vocab_size), jnp.float32)
         rows = SamplingRows(_abstract((size, 7), jnp.float32), _abstract((size, 4), jnp.int32))
         if kind == "greedy":
-            return f"sample-greedy-{size}", jax.jit(device.sample_greedy), [logits]
+            return f"sample-greedy-{size}", jax.jit(sampling.greedy_tokens), [logits]
         if kind == "random":
-            return f"sample-random-{size}", jax.jit(device.sample_random), [logits, rows]
+            return f"sample-random-{size}", jax.jit(sampling.draw_tokens), [logits, rows]
         if kind == "stateful":
             jitted = jax.jit(device.sample_with_state, donate_argnums=2)
             return f"sample-stateful-{size}", jitted, [logits, rows, self._abstract_state(self._max_rows)]
         if kind == "logprobs":
-            jitted = jax.jit(functools.partial(device.token_logprobs, top=self._top))
+            jitted = jax.jit(functools.partial(sampling.token_logprobs, top=self._top))
             return f"logprobs-{size}-top-{self._top}", jitted, [logits, _abstract((size,), jnp.int32)]
         jitted = jax.jit(device.write_row, donate_argnums=0)
         arguments = [self._abstract_state(self._max_rows), _abstract((), jnp.int32), self._abstract_state()]
@@ -215,5 +218,11 @@ def _abstract(shape: tuple[int, ...], dtype: Any) -> Any:
 
 @functools.cache
 def _program_hash() -> str:
-    """Identifies what the programs compute, so that stored ones can be found without tracing: their source."""
-    return hashlib.sha256(Path(device.__file__).read_bytes()).hexdigest()
+    """Identifies what the programs compute, so that stored ones can be found without tracing.
+
+    That is their source, and which implementations serve: a program that calls native code must not be loaded by an
+    installation that has none.
+    """
+    files = [Path(device.__file__), *sorted(Path(sampling.__file__).parent.glob("*.py"))]
+    source = b"".join(file.read_bytes() for file in files)
+    return hashlib.sha256(source + repr(sampling.serving()).encode()).hexdigest()

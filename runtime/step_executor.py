@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from distaff.compiler.artifact import Manifest
+from distaff.kernels.sampling import INVALID_TOKEN, TokenLogprobs
 from distaff.runtime.input_batch import Indices, InputBatch
-from distaff.runtime.logits import INVALID_TOKEN, TokenLogprobs
 from distaff.runtime.model_runner import ModelRunner
 from distaff.runtime.outputs import Logprob, PositionLogprobs
 from distaff.runtime.request import Request

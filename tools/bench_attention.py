@@ -1,10 +1,12 @@
-"""How fast paged attention runs here, and with which block sizes; variants take turns in one process.
+"""How fast paged attention runs here, against what this machine can do; variants take turns in one process.
 
     python -m distaff.tools.bench_attention decode --sizes 1,8,32
-    python -m distaff.tools.bench_attention prefill --sizes 64,256 --vary prefill_chunk=64,128,256
+    python -m distaff.tools.bench_attention decode --sizes 32 --contexts 1000,1001 --shape 32,8,128 --layers 4
+    python -m distaff.tools.bench_attention prefill --sizes 64,256 --variants xla --vary prefill_chunk=64,128,256
 
-Times are per layer and include writing the step's keys and values; the ratio is that of the fastest runs. On a shared
-machine trust only the ratios.
+Times are per layer and include writing the step's rows. The limit is the longer of reading the contexts' keys
+and values at the bandwidth and of its products at the peak rate (of bfloat16 where the pages hold it), both measured in
+the same run; "of limit" is that time over the fastest run's.
 """
 
 from __future__ import annotations
@@ -23,51 +25,90 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from distaff.kernels.paged_attention import AttentionSpec, StepBatch, xla
+from distaff.kernels import native
+from distaff.kernels.paged_attention import AttentionSpec, StepBatch, cpu, xla
+from distaff.tools.bench_matmul import multiply_case, read_case
 
-PAGE, CONTEXTS, MAX_LEN = 16, (100, 600), 2048
+PAGE, MAX_LEN = 16, 2048
+DTYPES = {"f32": "float32", "bf16": "uint16"}
 
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("phase", type=click.Choice(["decode", "prefill"]))
 @click.option("--sizes", default="1,8,32,64", help="Requests of a decode step, or tokens of one prompt.")
-@click.option("--vary", multiple=True, help="A field of Blocks and its values: decode_chunk=64,128.")
+@click.option("--variants", default="xla,native,native-bf16", show_default=True, help="Kernels, and what pages hold.")
+@click.option("--vary", multiple=True, help="A field of XLA's Blocks and its values: decode_chunk=64,128.")
+@click.option("--contexts", default="100,600", show_default=True, help="Tokens of a decoded request: at least, below.")
 @click.option("--shape", default="9,3,64", help="Query heads, key-value heads, head size.  [default: SmolLM2-135M]")
 @click.option("--layers", default=30, show_default=True)
 @click.option("--repeats", default=15, show_default=True)
-def main(phase: str, sizes: str, vary: tuple[str, ...], shape: str, layers: int, repeats: int) -> None:
-    """Measures every combination of ``--vary`` at each of ``--sizes`` and prints a table."""
+def main(
+    phase: str, sizes: str, variants: str, vary: tuple[str, ...], contexts: str, shape: str, layers: int, repeats: int
+) -> None:
+    """Measures every variant at each of ``--sizes`` and prints a table."""
+    roofline = measured_roofline() if native.available() else None
+    title = f"{phase}, {shape}, {layers} layers"
+    if roofline is not None:
+        title += "; reading {read:.1f} GB/s; f32 {f32:.0f} G/s, bf16 {bf16:.0f} G/s".format(
+            **{name: rate / 1e9 for name, rate in roofline.items()}
+        )
+    table = Table("size", "kernel", "median µs", "fastest µs", "GB/s", "GFLOP/s", "of limit", title=title)
     heads, kv_heads, width = map(int, shape.split(","))
-    table = Table(
-        "size", "blocks", "median µs", "fastest µs", "ratio", "compile s", title=f"{phase}, {shape}, {layers} layers"
-    )
     for size in map(int, sizes.split(",")):
-        batch, num_pages = decode_batch(size) if phase == "decode" else prefill_batch(size)
+        low, high = map(int, contexts.split(","))
+        batch, num_pages = decode_batch(size, low, high) if phase == "decode" else prefill_batch(size)
         rng = np.random.default_rng(0)
-        pool = (layers, num_pages, PAGE, kv_heads, width)
         q, k, v = (rng.normal(size=(size, h, width)).astype(np.float32) for h in (heads, kv_heads, kv_heads))
-        runs = [
-            Run(functools.partial(step, blocks, layers), jnp.zeros(pool), jnp.zeros(pool), q, k, v, batch)
-            for blocks in variants(vary)
-        ]
-        for _, run in itertools.product(range(repeats), runs):
+        runs = {}
+        for name, (attend, pages) in kernels(variants, vary).items():
+            pools = (jnp.zeros((layers, num_pages, PAGE, kv_heads, width), DTYPES[pages]) for _ in range(2))
+            runs[name] = pages, Run(functools.partial(step, attend, layers), *pools, q, k, v, batch)
+        for _, (_, run) in itertools.product(range(repeats), runs.values()):
             run.once()
-        for blocks, run in zip(variants(vary), runs, strict=True):
-            median, fastest = statistics.median(run.seconds) / layers, min(run.seconds) / layers
-            ratio = fastest * layers / min(runs[0].seconds)
-            name = " ".join(f"{field}={getattr(blocks, field)}" for field in fields(vary)) or "default"
-            cells = (f"{median * 1e6:.0f}", f"{fastest * 1e6:.0f}", f"{ratio:.2f}", f"{run.compile_seconds:.1f}")
-            table.add_row(str(size), name, *cells)
+        for name, (pages, run) in runs.items():
+            fastest = min(run.seconds) / layers
+            read = int(np.sum(batch.contexts)) * 2 * kv_heads * width * np.dtype(DTYPES[pages]).itemsize
+            operations = int(np.sum(batch.positions + 1)) * 4 * heads * width
+            limit = (
+                ""
+                if roofline is None
+                else f"{max(read / roofline['read'], operations / roofline[pages]) / fastest:.2f}"
+            )
+            times = (f"{seconds * 1e6:.1f}" for seconds in (statistics.median(run.seconds) / layers, fastest))
+            table.add_row(
+                str(size), name, *times, f"{read / fastest / 1e9:.1f}", f"{operations / fastest / 1e9:.0f}", limit
+            )
     Console(width=110).print(table)
+
+
+def measured_roofline() -> dict[str, float]:
+    """Bytes read and operations of each kind that all threads do in a second."""
+    native.register()
+    cases = {"read": read_case(), "f32": multiply_case("f32"), "bf16": multiply_case("bf16")}
+    for _, case in itertools.product(range(4), cases.values()):
+        case.once()
+    return {name: (case.bytes + case.operations) / min(case.seconds[1:]) for name, case in cases.items()}
+
+
+def kernels(names: str, vary: tuple[str, ...]) -> dict[str, tuple[Callable[..., Any], str]]:
+    """Each variant's function and what its pages hold, by name; XLA's with every combination of ``vary``."""
+    found: dict[str, tuple[Callable[..., Any], str]] = {}
+    for name in names.split(","):
+        kernel, _, pages = name.partition("-")
+        if kernel == "native":
+            found[name] = cpu.attention, pages or "f32"
+            continue
+        for blocks in combinations(vary):
+            label = " ".join([name, *(f"{field}={getattr(blocks, field)}" for field in fields(vary))])
+            found[label] = functools.partial(xla.attention, blocks=blocks), pages or "f32"
+    return found
 
 
 class Run:
     """One compiled variant with its own pool, and the times that it took."""
 
     def __init__(self, function: Callable[..., Any], k_pages: jax.Array, v_pages: jax.Array, *inputs: Any):
-        started = time.perf_counter()
         self._compiled = jax.jit(function, donate_argnums=(0, 1)).lower(k_pages, v_pages, *inputs).compile()
-        self.compile_seconds = time.perf_counter() - started
         self._inputs = jax.device_put(inputs)
         self._pages = [k_pages, v_pages]
         self.seconds: list[float] = []
@@ -80,7 +121,7 @@ class Run:
 
 
 def step(
-    blocks: xla.Blocks, layers: int, k_pages: jax.Array, v_pages: jax.Array, *inputs: Any
+    attend: Callable[..., Any], layers: int, k_pages: jax.Array, v_pages: jax.Array, *inputs: Any
 ) -> tuple[jax.Array, ...]:
     """Writes and attends in ``layers`` layers, each fed from the one before."""
     q, k, v, batch = inputs
@@ -89,16 +130,14 @@ def step(
     for layer in range(layers):
         # Like a model's, the next keys depend on the last attention; otherwise XLA copies the pool to keep the order.
         rows = k + x[:, : k.shape[1]], v + x[:, : v.shape[1]]
-        attended, k_pages, v_pages = xla.attention(
-            spec, x, *rows, k_pages, v_pages, layer, batch, None, None, blocks=blocks
-        )
+        attended, k_pages, v_pages = attend(spec, x, *rows, k_pages, v_pages, layer, batch, None, None)
         x = q + 0.1 * attended
     return x, k_pages, v_pages
 
 
-def decode_batch(requests: int) -> tuple[StepBatch, int]:
+def decode_batch(requests: int, low: int = 100, high: int = 600) -> tuple[StepBatch, int]:
     """One token each for requests of random contexts on scattered pages; also the number of pages in the pool."""
-    contexts = np.random.default_rng(0).integers(*CONTEXTS, size=requests, dtype=np.int32)
+    contexts = np.random.default_rng(0).integers(low, high, size=requests, dtype=np.int32)
     return ragged(contexts, contexts - 1, decodes=requests)
 
 
@@ -129,7 +168,7 @@ def fields(vary: tuple[str, ...]) -> list[str]:
     return [item.partition("=")[0] for item in vary]
 
 
-def variants(vary: tuple[str, ...]) -> list[xla.Blocks]:
+def combinations(vary: tuple[str, ...]) -> list[xla.Blocks]:
     """Every combination of the values of ``--vary``."""
     values = [map(int, item.partition("=")[2].split(",")) for item in vary]
     return [

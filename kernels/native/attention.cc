@@ -19,7 +19,10 @@ using Buffer = ffi::AnyBuffer;
 
 std::string shape(const Buffer& buffer) {
   std::string text = "[";
-  for (int64_t d : buffer.dimensions()) text += (text.size() > 1 ? "," : "") + std::to_string(d);
+  for (int64_t d : buffer.dimensions()) {
+    if (text.size() > 1) text += ',';
+    text += std::to_string(d);
+  }
   return text + "]";
 }
 

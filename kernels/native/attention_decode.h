@@ -197,7 +197,7 @@ static void decode_piece(const Call& call, const Piece& piece, float* scratch) {
     const int next = larger(smaller(piece.end - at - kTile, int64_t{kTile}), int64_t{0});
     if (next > 0) locate(call, piece.request, at + kTile, next, tokens[now ^ 1]);
     // The last tiles may be short; what is asked for in vain there is in the cache.
-    for (int i = next; i < count; ++i) tokens[now ^ 1][i] = tokens[now][i];
+    for (int i = round_up(next, kLanes); i < round_up(count, kLanes); ++i) tokens[now ^ 1][i] = tokens[now][i];
     for (int head = 0; head < call.heads;) {
       const int kv = head / groups, heads = smaller(groups - head % groups, kHeads);
       const Shared<K, V>& kernels = heads == kHeads ? full : last;

@@ -3,12 +3,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "attention.h"
 #include "cpu.h"
+#include "scratch.h"
 
 namespace distaff::attention {
 
@@ -20,20 +19,6 @@ inline const Kernels& kernels_of(CpuLevel level) {
 #endif
   (void)level;
   return generic::kAttention;
-}
-
-// Memory of this thread that only grows; aligned to cache lines.
-inline float* thread_scratch(int64_t floats) {
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local int64_t size = 0;
-  if (size < floats) {
-    size = (std::max(floats, 2 * size) + 15) / 16 * 16;
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, size * sizeof(float))));
-  }
-  return memory.get();
 }
 
 // How a call is cut: pieces, and which of them make up a token together.
@@ -156,7 +141,8 @@ void attend(const Call& call, const Kernels& kernels, Parallel& parallel) {
   const int64_t floats = kernels.scratch(call, mine.most_queries);
   in_parallel(mine.cost < kSmallCost, static_cast<int64_t>(order.size()), [&](int64_t i) {
     const Piece& piece = mine.pieces[order[i]];
-    (piece.decode ? kernels.decode : kernels.prefill)(call, piece, thread_scratch(floats));
+    thread_local Scratch memory;
+    (piece.decode ? kernels.decode : kernels.prefill)(call, piece, memory.get<float>(floats * sizeof(float)));
   });
   for (size_t s = 0; s < mine.first_of_split.size(); ++s) {
     const Piece& piece = mine.pieces[mine.first_of_split[s]];

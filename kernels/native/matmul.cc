@@ -13,17 +13,6 @@ namespace distaff {
 
 namespace ffi = xla::ffi;
 
-const MatmulKernels& matmul_kernels(CpuLevel level) {
-#if defined(__x86_64__)
-  if (level >= CpuLevel::kAvx512Bf16) return kMatmulAvx512Bf16;
-  if (level == CpuLevel::kAvx512Vnni) return kMatmulAvx512Vnni;
-  if (level == CpuLevel::kAvx512) return kMatmulAvx512;
-  if (level == CpuLevel::kAvx2) return kMatmulAvx2;
-#endif
-  (void)level;
-  return kMatmulGeneric;
-}
-
 namespace {
 
 // Bits of the attribute `operands`: which optional ones follow x and the weight's arrays, in this order.

@@ -11,7 +11,22 @@
 
 namespace distaff {
 
-const MatmulKernels& matmul_kernels(CpuLevel level);
+inline const MatmulKernels& matmul_kernels(CpuLevel level) {
+#if defined(__x86_64__)
+  if (level >= CpuLevel::kAvx512Bf16) return kMatmulAvx512Bf16;
+  if (level == CpuLevel::kAvx512Vnni) return kMatmulAvx512Vnni;
+  if (level == CpuLevel::kAvx512) return kMatmulAvx512;
+  if (level == CpuLevel::kAvx2) return kMatmulAvx2;
+#endif
+  (void)level;
+  return kMatmulGeneric;
+}
+
+// What a thread computes in. A function, so that each thread makes (and frees) its own when it first comes here.
+inline Scratch& thread_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
 
 // Blocks of a result: `height` rows of x times `width` panels.
 struct Blocks {
@@ -41,7 +56,6 @@ struct Blocks {
 template <typename Pool>
 void matmul(Matmul& call, const MatmulKernels& kernels, Pool& pool) {
   thread_local Scratch shared;  // of the calling thread, read by the others
-  thread_local Scratch own;
   constexpr int64_t kRowsAtOnce = 8;
 
   Activations& to = call.activations;
@@ -54,14 +68,14 @@ void matmul(Matmul& call, const MatmulKernels& kernels, Pool& pool) {
   to.shifts = reinterpret_cast<int32_t*>(to.sums + groups);
 
   pool.run((call.m + kRowsAtOnce - 1) / kRowsAtOnce, [&](int64_t i) {
-    float* scratch = own.get<float>(prepare_floats(call) * sizeof(float));
+    float* scratch = thread_scratch().get<float>(prepare_floats(call) * sizeof(float));
     const int64_t end = std::min(call.m, (i + 1) * kRowsAtOnce);
     for (int64_t row = i * kRowsAtOnce; row < end; ++row) kernels.prepare(call, row, scratch);
   });
   const Blocks blocks(call);
   pool.run(blocks.down * blocks.across, [&](int64_t i) {
     const Block block = blocks.at(i, call);
-    float* scratch = own.get<float>(block_floats(call, blocks.height, blocks.width) * sizeof(float));
+    float* scratch = thread_scratch().get<float>(block_floats(call, blocks.height, blocks.width) * sizeof(float));
     kernels.block(call, block, scratch);
   });
 }

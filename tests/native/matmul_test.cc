@@ -9,6 +9,7 @@
 #include "matmul_driver.h"
 #include "parallel.h"
 #include "std_pool.h"
+#include "threads.h"
 
 namespace distaff {
 namespace {
@@ -186,23 +187,21 @@ struct RandomCall {
 };
 
 }  // namespace
+}  // namespace distaff
 
-int test_matmul() {
+int main() {
+  using namespace distaff;
   StdPool pool(3);
   BasicThreads threads(pool.handle());
-  int wrong = 0;
+  int calls = 0;
   for (int level = 0; level <= static_cast<int>(cpu_level()); ++level) {
     Random random(level);
-    for (int i = 0; i < 80; ++i) {
+    for (int i = 0; i < 80; ++i, ++calls) {
       RandomCall random_call(random);
       matmul(random_call.call, matmul_kernels(static_cast<CpuLevel>(level)), threads);
-      if (const int here = random_call.wrong(); here > 0) {
-        std::printf("matmul: level %d, call %d: %d of %zu wrong\n", level, i, here, random_call.out.size());
-        wrong += here;
-      }
+      const int wrong = random_call.wrong();
+      CHECK(wrong == 0, "level %d, call %d: %d of %zu numbers", level, i, wrong, random_call.out.size());
     }
   }
-  return wrong;
+  std::printf("%d calls of matmul are right\n", calls);
 }
-
-}  // namespace distaff

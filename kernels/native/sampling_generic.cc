@@ -1,0 +1,3 @@
+// Sampling for processors with plain C++.
+#define DISTAFF_LEVEL generic
+#include "sampling_level.h"
