@@ -62,7 +62,9 @@ std::string take_results(ffi::RemainingRets results, Matmul& call) {
     auto result = results.get<ffi::AnyBuffer>(i);
     if (!result.has_value()) return "a result is missing";
     const auto sizes = (*result)->dimensions();
-    if ((*result)->element_type() != ffi::F32 || sizes.size() != 2 || sizes[0] != call.m) return "results are float32 [M, _]";
+    if ((*result)->element_type() != ffi::F32 || sizes.size() != 2 || sizes[0] != call.m) {
+      return "results in float32 [M, _]";
+    }
     call.parts[i] = {static_cast<float*>((*result)->untyped_data()), panel, sizes[1]};
     panel += (sizes[1] + kLanes - 1) / kLanes;
   }
@@ -78,7 +80,9 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs argume
   const auto refuse = [](const std::string& message) {
     return ffi::Error::InvalidArgument("distaff_matmul: " + message);
   };
-  if (x.dimensions().size() != 2 || x.dimensions()[1] != rows) return refuse("x must be [M, " + std::to_string(rows) + "]");
+  if (x.dimensions().size() != 2 || x.dimensions()[1] != rows) {
+    return refuse("x must be [M, " + std::to_string(rows) + "]");
+  }
   if (x.element_type() != ffi::F32 && x.element_type() != ffi::BF16) return refuse("x must be float32 or bfloat16");
   if (activation < 0 || activation > static_cast<int32_t>(Activation::kRelu)) return refuse("unknown activation");
   if (gated && columns % 2 != 0) return refuse("gated columns must be even");

@@ -99,6 +99,10 @@ struct Tile {
   const uint8_t* w;
   int64_t w_stride;  // bytes from panel to panel
   int64_t steps;
+  // What will be read after these panels; each tile of rows fetches a part of it into the second cache, `next_step`
+  // bytes a step.
+  const uint8_t* next;
+  int64_t next_step;
   float* c;  // the sums so far, [rows][panels * 16]
   int64_t c_stride;
   bool first;  // there are no sums so far
@@ -131,6 +135,7 @@ struct Bfloat16 {
 // A loop over a tile, unrolled before anything else is done to it, so that sums in arrays become registers.
 template <int kIndex>
 struct Constant {
+  static constexpr int kValue = kIndex;
   DISTAFF_INLINE constexpr operator int() const { return kIndex; }
 };
 template <int kEnd, int kBegin = 0, typename Body>
@@ -142,6 +147,14 @@ DISTAFF_INLINE void unrolled(const Body& body) {
 }
 #define DISTAFF_UNROLLED __attribute__((always_inline))
 
+template <int P>
+DISTAFF_INLINE void fetch_next(const Tile& t, int64_t step) {
+  // One panel alone is read by few rows, faster than memory delivers; the processor itself sees what comes next.
+  if constexpr (P > 1) {
+    unrolled<P>([&](auto p) DISTAFF_UNROLLED { Simd::prefetch(t.next + p * t.w_stride + step * t.next_step); });
+  }
+}
+
 template <typename Format, int R, int P>
 void float_tile(const Tile& t) {
   Simd::F acc[R][P];
@@ -151,6 +164,7 @@ void float_tile(const Tile& t) {
     });
   });
   for (int64_t s = 0; s < t.steps; ++s) {
+    fetch_next<P>(t, s);
     typename Format::W w[P];
     unrolled<P>([&](auto p) DISTAFF_UNROLLED { w[p] = Format::load(t.w + p * t.w_stride + s * kStepBytes); });
     unrolled<R>([&](auto r) DISTAFF_UNROLLED {
@@ -167,6 +181,15 @@ void float_tile(const Tile& t) {
 // -zero * (sum of x), since what is stored is q + zero. A column with one scale counts as one group in each tile.
 template <bool kInt4, bool kGrouped, int R, int P>
 void int_tile(const Tile& t) {
+  Simd::F sums[R][P];
+  const auto load_sums = [&]() DISTAFF_UNROLLED {
+    unrolled<R>([&](auto r) DISTAFF_UNROLLED {
+      unrolled<P>([&](auto p) DISTAFF_UNROLLED {
+        sums[r][p] = t.first ? Simd::zero() : Simd::load(t.c + r * t.c_stride + p * kLanes);
+      });
+    });
+  };
+  if constexpr (kGrouped) load_sums();
   for (int64_t g = 0, done = 0; done < t.steps; ++g, done += t.group_steps) {
     Simd::I acc[R][P];
     unrolled<R>([&](auto r) DISTAFF_UNROLLED {
@@ -182,6 +205,7 @@ void int_tile(const Tile& t) {
     };
     const int64_t end = least(done + t.group_steps, t.steps);
     for (int64_t s = done; s < end; ++s) {
+      fetch_next<P>(t, s);
       const auto load = [&](int p) DISTAFF_UNROLLED { return Simd::load_64(t.w + p * t.w_stride + s * kStepBytes); };
       Simd::I w[P];
       if constexpr (kInt4) {
@@ -194,22 +218,25 @@ void int_tile(const Tile& t) {
         dot(t.a + s * 4, w);
       }
     }
-    const bool first = t.first && g == 0;
+    if constexpr (!kGrouped) load_sums();  // not before: a tile without groups has no registers for them
     unrolled<P>([&](auto p) DISTAFF_UNROLLED {
       const int64_t scale = kGrouped ? (p * t.groups + g) * kLanes : p * kLanes;
       const Simd::F w_scale = kGrouped ? Simd::load_half(t.group_scales + scale) : Simd::load(t.column_scales + scale);
-      const Simd::F offset =
-          kGrouped && t.group_offsets != nullptr ? Simd::load_half(t.group_offsets + scale) : Simd::zero();
       unrolled<R>([&](auto r) DISTAFF_UNROLLED {
-        float* c = t.c + r * t.c_stride + p * kLanes;
-        const int64_t at = r * t.groups + (kGrouped ? g : 0);
-        const Simd::F scales = Simd::mul(w_scale, Simd::all(t.a_scales[at]));
-        Simd::F sum = Simd::fma(Simd::to_float(acc[r][p]), scales, first ? Simd::zero() : Simd::load(c));
-        if (kGrouped && t.group_offsets != nullptr) sum = Simd::fma(offset, Simd::all(t.a_sums[at]), sum);
-        Simd::store(c, sum);
+        const Simd::F scales = Simd::mul(w_scale, Simd::all(t.a_scales[r * t.groups + g]));
+        sums[r][p] = Simd::fma(Simd::to_float(acc[r][p]), scales, sums[r][p]);
       });
+      if (kGrouped && t.group_offsets != nullptr) {
+        const Simd::F offset = Simd::load_half(t.group_offsets + scale);
+        unrolled<R>([&](auto r) DISTAFF_UNROLLED {
+          sums[r][p] = Simd::fma(offset, Simd::all(t.a_sums[r * t.groups + g]), sums[r][p]);
+        });
+      }
     });
   }
+  unrolled<R>([&](auto r) DISTAFF_UNROLLED {
+    unrolled<P>([&](auto p) DISTAFF_UNROLLED { Simd::store(t.c + r * t.c_stride + p * kLanes, sums[r][p]); });
+  });
 }
 
 using TileFunction = void (*)(const Tile&);
@@ -279,6 +306,8 @@ void multiply(const Matmul& call, const Block& block, int64_t panel, float* c, i
     t.w = weight.values + panel * weight.panel_bytes() + step * kStepBytes;
     t.w_stride = weight.panel_bytes();
     t.steps = least(piece, steps - step);
+    const uint8_t* next = t.w + (step + piece < steps ? piece * kStepBytes : P * t.w_stride - step * kStepBytes);
+    t.next_step = kStepBytes / tiles;
     t.c_stride = c_stride;
     t.first = step == 0;
     t.a_stride = activations.stride;
@@ -297,6 +326,8 @@ void multiply(const Matmul& call, const Block& block, int64_t panel, float* c, i
       t.w = reinterpret_cast<const uint8_t*>(widened);
       t.w_stride = count * kStepBytes;
       t.steps = count;
+      next = t.w;  // nothing: to widen takes longer than to read
+      t.next_step = 0;
       a_step = step_rows * sizeof(float);
     } else if (weight.group > 0) {
       t.group_steps = weight.group / step_rows;
@@ -311,6 +342,7 @@ void multiply(const Matmul& call, const Block& block, int64_t panel, float* c, i
       const int64_t at = (block.row_begin + row) * groups + group;
       t.a = activations.values + (block.row_begin + row) * activations.stride + step * a_step;
       t.c = c + row * c_stride;
+      t.next = next + i * t.steps * t.next_step;
       if (activations.kind == Activations::Kind::kInt8) {
         t.a_scales = activations.scales + at;
         t.a_shifts = activations.shifts + at;
@@ -349,7 +381,8 @@ void finish(const Matmul& call, const Block& block, const float* c) {
     const Part* part = call.parts;
     for (int64_t panel = block.panel_begin; panel < block.panel_end; panel += width) {
       while (part < end && panel >= part[1].first_panel) ++part;
-      const int64_t column = (panel - part->first_panel) / width * kLanes, count = least(part->columns - column, kLanes);
+      const int64_t column = (panel - part->first_panel) / width * kLanes;
+      const int64_t count = least(part->columns - column, kLanes);
       Simd::F value = Simd::load(c), up = Simd::zero();
       if (call.gated) up = Simd::load(c + kLanes);
       c += width * kLanes;
@@ -376,10 +409,16 @@ void compute_block(const Matmul& call, const Block& block, float* scratch) {
   float* widened = scratch + rows * width;
   int64_t panel = block.panel_begin;
   const auto at = [&] { return scratch + (panel - block.panel_begin) * kLanes; };
-  if (rows > 3) {  // with fewer, one panel after the other is read faster
-    for (; panel + Simd::kPanels <= block.panel_end; panel += Simd::kPanels) {
-      multiply<Simd::kPanels>(call, block, panel, at(), width, widened);
+  const auto several = [&](auto panels) {
+    for (; panel + panels <= block.panel_end; panel += panels) {
+      multiply<decltype(panels)::kValue>(call, block, panel, at(), width, widened);
     }
+  };
+  if (rows > 3) {  // with fewer, one panel after the other is read faster
+    // Tiles with groups keep two sums for every number.
+    const bool grouped = call.weight.group > 0 && !call.widens();
+    if (grouped) several(Constant<(Simd::kPanels + 1) / 2>{});
+    if (!grouped) several(Constant<Simd::kPanels>{});
   }
   for (; panel < block.panel_end; ++panel) multiply<1>(call, block, panel, at(), width, widened);
   finish(call, block, scratch);

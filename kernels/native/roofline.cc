@@ -35,7 +35,8 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer data, ffi::Result<ffi::Buffe
   const auto* bytes = static_cast<const uint8_t*>(data.untyped_data());
   const int64_t size = static_cast<int64_t>(data.size_bytes()) / 256 * 256;
   constexpr int64_t kChunk = 256 * 1024, kRoundsAtOnce = 4096;
-  const int64_t chunks = (rounds > 0 ? rounds + kRoundsAtOnce - 1 : size + kChunk - 1) / (rounds > 0 ? kRoundsAtOnce : kChunk);
+  const int64_t total_work = rounds > 0 ? rounds : size, at_once = rounds > 0 ? kRoundsAtOnce : kChunk;
+  const int64_t chunks = (total_work + at_once - 1) / at_once;
   std::atomic<float> total{0};
   Threads(pool).run(chunks, [&](int64_t i) {
     const float found = rounds > 0 ? kernels.multiply(kind, std::min(kRoundsAtOnce, rounds - i * kRoundsAtOnce), 3.0f)

@@ -164,7 +164,7 @@ struct Simd {
     });
   }
 
-  static void prefetch(const void* from) { __builtin_prefetch(from); }
+  __attribute__((always_inline)) static void prefetch(const void* from) { __builtin_prefetch(from, 0, 2); }
 
  private:
   template <typename Part>
