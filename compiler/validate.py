@@ -19,8 +19,9 @@ from distaff.compiler.errors import ValidationError
 from distaff.compiler.serve_step import ServeStep
 from distaff.kernels.paged_attention import StepBatch
 
-# By the coarsest number format that a step computes with, coarsest first. Quantised weights differ from plain ones by design, so these
-# bounds only catch what is broken; how much a model loses is measured on text (`distaff.compiler.quality`).
+# By the coarsest number format that a step computes with, coarsest first. Quantised weights differ from plain ones by
+# design, so these bounds only catch what is broken; how much a model loses is measured on text
+# (`distaff.compiler.quality`).
 TOLERANCE = {"int4": 1.0, "int8": 0.6, "bfloat16": 6e-2, "float16": 2e-2, "float32": 2e-4, "float64": 1e-6}
 _TOKENS, _ROWS = 16, 4
 
