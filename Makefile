@@ -30,7 +30,7 @@ smoke: $(VENV)/.smoke
 # The native kernels' inner functions under each sanitizer; needs no jax but its headers.
 sanitize: $(VENV)/.test
 	for kind in address undefined thread; do \
-	  $(VENV)/bin/cmake -S . -B build/$$kind -DPython_EXECUTABLE=$$PWD/$(PY) -DDISTAFF_TESTS=ON -DDISTAFF_SANITIZE=$$kind \
+	  $(VENV)/bin/cmake -S . -B build/$$kind -DPython_EXECUTABLE=$(abspath $(PY)) -DDISTAFF_TESTS=ON -DDISTAFF_SANITIZE=$$kind \
 	    && $(VENV)/bin/cmake --build build/$$kind --target native_tests -j && $(VENV)/bin/ctest --test-dir build/$$kind \
 	    --output-on-failure || exit 1; \
 	done

@@ -77,10 +77,16 @@ class CheckpointFolder:
 
     def complete(self) -> list[str]:
         """The complete checkpoints, in order of their steps."""
-        names = [name for name in self._names() if not self._is_unfinished(name)]
-        replaced = {name.removesuffix(_PREVIOUS) for name in names}
-        found = [self.find(name.removeprefix(self.prefix)) for name in natural_sort(replaced)]
-        return [path for path in found if path is not None]
+        listed: list[str] | None = None
+        while True:
+            names = sorted(name for name in self._names() if not self._is_unfinished(name))
+            replaced = {name.removesuffix(_PREVIOUS) for name in names}
+            found = [self.find(name.removeprefix(self.prefix)) for name in natural_sort(replaced)]
+            present = [path for path in found if path is not None]
+            # One that is gone since it was listed was pruned, and so its successor has come: look again.
+            if len(present) == len(found) or names == listed:
+                return present
+            listed = names
 
     def _names(self) -> list[str]:
         if not os.path.isdir(self.folder):

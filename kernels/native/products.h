@@ -31,10 +31,11 @@ struct Pairs {
     return (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
   static inline void pack_row(const float* from, int count, float* to) {
-    for (int i = 0; i < count; i += 2) {
-      const uint16_t pair[2] = {to_bf16(from[i]), i + 1 < count ? to_bf16(from[i + 1]) : uint16_t{0}};
-      memcpy(to + i / 2, pair, sizeof pair);
-    }
+    uint16_t* bits = reinterpret_cast<uint16_t*>(to);
+    int i = 0;
+    for (; i + kLanes <= count; i += kLanes) store_weights(bits + i, load(from + i));
+    for (; i < count; ++i) bits[i] = to_bf16(from[i]);
+    if (count % 2 != 0) bits[count] = 0;
   }
 };
 #endif

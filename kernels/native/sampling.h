@@ -22,6 +22,8 @@ struct Kernels {
                      float* scaled);
   // to[i] = exp(from[i]), for from[i] <= 0.
   void (*exponentials)(const float* from, int64_t count, float* to);
+  // The sum of weights[i] over scaled[i] >= bound.
+  float (*mass)(const float* scaled, const float* weights, int64_t count, float bound);
   // How many logits have logit - shift >= bound.
   int64_t (*count)(const float* logits, int64_t size, float shift, float bound);
 };

@@ -96,6 +96,20 @@ static void exponentials(const float* from, int64_t count, float* to) {
   }
 }
 
+static float mass(const float* scaled, const float* weights, int64_t count, float bound) {
+  F32 sums[4]{};  // so that one addition need not wait for the other
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    for (int v = 0; v < 4; ++v) {
+      const F32 weight = load(weights + i + v * kLanes);
+      sums[v] += load(scaled + i + v * kLanes) >= bound ? weight : F32{};
+    }
+  }
+  float result = sum(sums[0] + sums[1] + sums[2] + sums[3]);
+  for (; i < count; ++i) result += scaled[i] >= bound ? weights[i] : 0;
+  return result;
+}
+
 static int64_t count_above(const float* logits, int64_t size, float shift, float bound) {
   I32 counts{};
   int64_t i = 0;
@@ -106,6 +120,6 @@ static int64_t count_above(const float* logits, int64_t size, float shift, float
   return result;
 }
 
-const sampling::Kernels kSampling{largest, weigh_blocks, collect, exponentials, count_above};
+const sampling::Kernels kSampling{largest, weigh_blocks, collect, exponentials, mass, count_above};
 
 }  // namespace distaff::DISTAFF_LEVEL

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -125,26 +126,16 @@ class Row {
     count_ = kernels_.collect(logits_, size_, largest_, sharpness, cut, indices_.data(), scaled_.data());
   }
 
-  // The smallest scaled logit of the fewest most likely collected tokens whose weights reach `wanted`.
-  float nucleus(float wanted) {
-    order_.resize(count_);
-    for (int64_t i = 0; i < count_; ++i) order_[i] = {scaled_[i], static_cast<int32_t>(i)};
-    int64_t first = 0, end = count_;
-    double above = 0;
-    while (end - first > 1) {
-      const int64_t middle = first + (end - first) / 2;
-      std::nth_element(order_.begin() + first, order_.begin() + middle, order_.begin() + end,
-                       [](const Ranked& a, const Ranked& b) { return a.value > b.value; });
-      double mass = 0;
-      for (int64_t i = first; i < middle; ++i) mass += weights_[order_[i].token];
-      if (above + mass >= wanted) {
-        end = middle;
-      } else {
-        above += mass;
-        first = middle;
-      }
+  // The largest bound that collected tokens of altogether `wanted` weight reach, by bisection; at least the cut's.
+  float nucleus(float wanted) const {
+    // No scaled logit is above 0, so the bits of its absolute value order the tokens from likely to unlikely.
+    const auto bound = [](int64_t depth) { return -std::bit_cast<float>(static_cast<uint32_t>(depth)); };
+    int64_t low = -1, high = std::bit_cast<uint32_t>(std::numeric_limits<float>::infinity());
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      (kernels_.mass(scaled_.data(), weights_.data(), count_, bound(middle)) >= wanted ? high : low) = middle;
     }
-    return order_[first].value;
+    return bound(high);
   }
 
   // Keeps those of the collected tokens that reach `threshold`.

@@ -193,6 +193,24 @@ def test_saving_in_the_background(tmp_path, kind):
     assert steps(tmp_path)[-1] == 3 and len(steps(tmp_path)) <= 2
 
 
+def test_a_reader_sees_the_successor_of_what_is_pruned_meanwhile(tmp_path, monkeypatch):
+    checkpoints.save_checkpoint(tmp_path, {"n": 1}, 1, file_format="msgpack")
+    listdir = os.listdir
+    seen = []
+
+    def slow(folder):
+        names = listdir(folder)
+        seen.append(names)
+        if len(seen) == 1:  # a save in another process, between the reader's listing and its look at the files
+            (tmp_path / "checkpoint_1").rename(tmp_path / "checkpoint_2")
+        return names
+
+    monkeypatch.setattr(os, "listdir", slow)
+    assert steps(tmp_path) == [2] and len(seen) == 2
+    (tmp_path / "checkpoint_3").symlink_to(tmp_path / "nowhere")
+    assert steps(tmp_path) == [2]  # what never exists does not hold it up
+
+
 def test_errors_in_the_background_are_raised(tmp_path, monkeypatch):
     manager = checkpoints.AsyncManager()
 
