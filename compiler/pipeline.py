@@ -123,9 +123,8 @@ def derive_serve_step(
         report["weights"] = _packed(packed)
         step, loop = _emitted(plan, rolling)
         step = dataclasses.replace(step, weight_format=weight_formats.matrices.kind)
-        report["validation_of_packed_weights"] = check(
-            step, min(weight_formats.coarsest, lowest, key=list(TOLERANCE).index)
-        )
+        kinds = (weight_formats.matrices.kind, weight_formats.tables.kind, lowest)
+        report["validation_of_packed_weights"] = check(step, min(kinds, key=list(TOLERANCE).index))
         if passages:
             quality = compare_on_text(step, fn, params, passages, max_model_len=max_model_len, page_size=page_size)
             report["quality_on_text"] = dataclasses.asdict(quality)

@@ -7,28 +7,23 @@ spelled (``x * rsqrt(...)``, ``x / sqrt(...)``, a logistic or an exponential), a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from distaff.compiler.analysis.dims import ELEMENTWISE, REDUCTIONS, STRUCTURAL
-from distaff.compiler.analysis.tokens import Kind, TokenClasses
+from distaff.compiler.analysis.pieces import run_piece, token_rows, walk_back
+from distaff.compiler.analysis.tokens import TokenClasses
 from distaff.compiler.ir import Graph, Node, Value
-from distaff.compiler.ir.evaluate import Evaluator
 from distaff.compiler.ir.types import TOKENS
+from distaff.kernels.matmul.operation import ACTIVATIONS
 
 _TOKENS = 6
+_POSITIONS = np.arange(_TOKENS, dtype=np.int32)
 _MOST_NODES = 32
 _TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 2e-3}
-
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "relu": jax.nn.relu,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +56,8 @@ def read_rms_norm(value: Value, graph: Graph, classes: TokenClasses) -> RmsNorm 
     # Small rows tell the epsilons apart.
     scales = np.geomspace(1e-3, 3.0, _TOKENS).reshape([-1 if i == dim else 1 for i in range(len(shape))])
     x = (rng.standard_normal(shape) * scales).astype(source.type.dtype)
-    y = _rows(value, _evaluate(value, nodes, {id(source): x}))
-    rows = _rows(source, x)
+    y = token_rows(value, run_piece(value, nodes, {id(source): x}, _POSITIONS))
+    rows = token_rows(source, x)
     constants = [v for n in nodes for v in n.inputs if v.data is not None]
     numbers = {float(np.asarray(v.data)) for v in constants if np.size(v.data) == 1 and v.type.dtype.kind == "f"}
     for epsilon in sorted(e for e in numbers if 0 <= e < 1e-2):
@@ -78,18 +73,18 @@ def read_rms_norm(value: Value, graph: Graph, classes: TokenClasses) -> RmsNorm 
 
 
 def read_activation(root: Value, leaf: Value, nodes: Sequence[Node]) -> str | None:
-    """The name in `ACTIVATIONS` of the elementwise function that ``nodes`` compute of ``leaf``."""
+    """The name in the kernels' `ACTIVATIONS` of the elementwise function that ``nodes`` compute of ``leaf``."""
     x = _sample(leaf, 0)
-    y = _rows(root, _evaluate(root, nodes, {id(leaf): x}))
-    rows = _rows(leaf, x)
+    y = token_rows(root, run_piece(root, nodes, {id(leaf): x}, _POSITIONS))
+    rows = token_rows(leaf, x)
     return next((n for n, f in ACTIVATIONS.items() if _close(y, _apply(f, rows), leaf, root)), None)
 
 
 def read_gate(root: Value, leaves: Sequence[Value], nodes: Sequence[Node]) -> Gate | None:
     """How ``nodes`` join two values: an activation of one of them times the other."""
     arrays = [_sample(leaf, i) for i, leaf in enumerate(leaves)]
-    y = _rows(root, _evaluate(root, nodes, {id(v): a for v, a in zip(leaves, arrays, strict=True)}))
-    rows = [_rows(v, a) for v, a in zip(leaves, arrays, strict=True)]
+    y = token_rows(root, run_piece(root, nodes, {id(v): a for v, a in zip(leaves, arrays, strict=True)}, _POSITIONS))
+    rows = [token_rows(v, a) for v, a in zip(leaves, arrays, strict=True)]
     for gate in (0, 1):
         for name, function in ACTIVATIONS.items():
             if _close(y, _apply(function, rows[gate]) * rows[1 - gate], leaves[0], root):
@@ -99,30 +94,12 @@ def read_gate(root: Value, leaves: Sequence[Value], nodes: Sequence[Node]) -> Ga
 
 def _source_of_norm(value: Value, graph: Graph, classes: TokenClasses) -> tuple[Value, list[Node]] | None:
     """The nearest value of the same size that ``value`` is a function of alone, through a reduction; and the nodes."""
-    place = {id(n): i for i, n in enumerate(graph.nodes)}
-    known = (*ELEMENTWISE, *STRUCTURAL, *REDUCTIONS)
-    frontier = {id(value): value}
-    nodes: list[Node] = []
-    while len(nodes) < _MOST_NODES:
-        latest = max(frontier.values(), key=lambda v: -1 if v.node is None else place[id(v.node)])
-        node = latest.node
-        if node is None or node.op not in known:
+    for piece in walk_back(value, graph, classes, (*ELEMENTWISE, *STRUCTURAL, *REDUCTIONS), _MOST_NODES):
+        if piece.index:
             return None
-        for made in node.outputs:
-            frontier.pop(id(made), None)
-        nodes.append(node)
-        for operand in node.inputs:
-            kind = classes.kinds.get(id(operand), Kind.CONSTANT)
-            if kind is Kind.TOKEN:
-                frontier[id(operand)] = operand
-            elif kind is not Kind.CONSTANT or operand.data is None:
-                return None
-        if len(frontier) == 1 and any(n.op in REDUCTIONS for n in nodes):
-            (source,) = frontier.values()
-            same = np.prod(source.type.per_token()) == np.prod(value.type.per_token())
-            return (source, nodes[::-1]) if same and len(source.type.token_dims) == 1 else None
-        if not frontier:
-            return None
+        if len(piece.inputs) == 1 and any(n.op in REDUCTIONS for n in piece.nodes):
+            source = piece.source_of(value)
+            return None if source is None else (source, piece.nodes[::-1])
     return None
 
 
@@ -133,18 +110,6 @@ def _apply(function: Callable[[jax.Array], jax.Array], rows: np.ndarray) -> np.n
 def _sample(value: Value, seed: int) -> np.ndarray:
     shape = value.type.at({TOKENS: _TOKENS})
     return (3 * np.random.default_rng(seed).standard_normal(shape)).astype(value.type.dtype)
-
-
-def _evaluate(value: Value, nodes: Sequence[Node], known: Mapping[int, np.ndarray]) -> np.ndarray:
-    evaluator = Evaluator({TOKENS: _TOKENS}, {TOKENS: np.arange(_TOKENS, dtype=np.int32)}, known)
-    evaluator.run(nodes)
-    return np.asarray(evaluator[value])
-
-
-def _rows(value: Value, array: np.ndarray) -> np.ndarray:
-    """A token value as float64 ``[tokens, values of one token]``."""
-    (dim,) = value.type.token_dims
-    return np.moveaxis(np.asarray(array, np.float64), dim, 0).reshape(_TOKENS, -1)
 
 
 def _close(a: np.ndarray, b: np.ndarray, *values: Value) -> bool:

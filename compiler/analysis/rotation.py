@@ -11,9 +11,9 @@ import dataclasses
 import numpy as np
 
 from distaff.compiler.analysis.dims import ELEMENTWISE, STRUCTURAL
-from distaff.compiler.analysis.tokens import Kind, TokenClasses
+from distaff.compiler.analysis.pieces import run_piece, token_rows, walk_back
+from distaff.compiler.analysis.tokens import TokenClasses
 from distaff.compiler.ir import Graph, Node, Value
-from distaff.compiler.ir.evaluate import Evaluator
 from distaff.compiler.ir.graph import ancestors
 from distaff.compiler.ir.hashing import parameters_key
 from distaff.compiler.ir.types import TOKENS
@@ -53,17 +53,13 @@ class Rotation:
 
     def _turned(self, positions: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """The first head's values after a rotation of ones where ``mask`` is, zeros elsewhere: [positions, size]."""
-        count = len(positions)
         unit = np.zeros(int(np.prod(self.source.type.per_token())), self.source.type.dtype)
         unit[self.head[: self.rotary.size][mask]] = 1.0
         (dim,) = self.source.type.token_dims
         line = np.expand_dims(unit.reshape(self.source.type.per_token()), dim)
-        x = np.broadcast_to(line, self.source.type.at({TOKENS: count}))
-        evaluator = Evaluator({TOKENS: count}, {TOKENS: positions}, {id(self.source): x})
-        evaluator.run(self.nodes)
-        (dim,) = self.value.type.token_dims
-        rows = np.moveaxis(np.asarray(evaluator[self.value], np.float32), dim, 0).reshape(count, -1)
-        return rows[:, self.head[: self.rotary.size]]
+        x = np.broadcast_to(line, self.source.type.at({TOKENS: len(positions)}))
+        rows = token_rows(self.value, run_piece(self.value, self.nodes, {id(self.source): x}, positions))
+        return rows[:, self.head[: self.rotary.size]].astype(np.float32)
 
 
 class RotationReader:
@@ -106,33 +102,13 @@ def _evaluated(
 
 def _source(value: Value, graph: Graph, classes: TokenClasses) -> tuple[Value, tuple[Node, ...], str] | None:
     """The nearest value that ``value`` is a function of, together with positions; the nodes, and a key of them."""
-    place = {id(n): i for i, n in enumerate(graph.nodes)}
-    frontier = {id(value): value}
-    nodes: list[Node] = []
-    index: dict[int, Value] = {}
-    while frontier and len(nodes) < _MOST_NODES:
-        if nodes and index and len(frontier) == 1:
-            (source,) = frontier.values()
-            if np.prod(source.type.per_token()) == np.prod(value.type.per_token()) and len(source.type.token_dims) == 1:
-                needed = {id(n) for n in ancestors(list(index.values()))}
-                before = [n for n in graph.nodes if id(n) in needed]
-                parts = [(n.op, parameters_key(n.params), str(n.outputs[0].type)) for n in nodes]
-                return source, (*before, *nodes[::-1]), f"{parts} {sorted(index)}"
-        latest = max(frontier.values(), key=lambda v: -1 if v.node is None else place[id(v.node)])
-        node = latest.node
-        if node is None or node.op not in _KNOWN:
-            return None
-        for made in node.outputs:
-            frontier.pop(id(made), None)
-        nodes.append(node)
-        for operand in node.inputs:
-            kind = classes.kinds.get(id(operand), Kind.CONSTANT)
-            if kind is Kind.TOKEN:
-                frontier[id(operand)] = operand
-            elif kind is Kind.INDEX:
-                index[id(operand)] = operand
-            elif operand.data is None:
-                return None
+    for piece in walk_back(value, graph, classes, _KNOWN, _MOST_NODES):
+        source = piece.source_of(value) if piece.index else None
+        if source is not None:
+            needed = {id(n) for n in ancestors(list(piece.index.values()))}
+            before = [n for n in graph.nodes if id(n) in needed]
+            parts = [(n.op, parameters_key(n.params), str(n.outputs[0].type)) for n in piece.nodes]
+            return source, (*before, *piece.nodes[::-1]), f"{parts} {sorted(piece.index)}"
     return None
 
 
@@ -141,17 +117,9 @@ def _sample(
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Random values of ``source`` and what becomes of them, float64 [positions, heads, values of a head]."""
-    count = len(positions)
-    x = rng.standard_normal(source.type.at({TOKENS: count})).astype(source.type.dtype)
-    evaluator = Evaluator({TOKENS: count}, {TOKENS: positions}, {id(source): x})
-    evaluator.run(nodes)
-
-    def heads(of: Value, array: object) -> np.ndarray:
-        (dim,) = of.type.token_dims
-        rows: np.ndarray = np.moveaxis(np.asarray(array, np.float64), dim, 0).reshape(count, -1)[:, layout]
-        return rows
-
-    return heads(source, x), heads(value, evaluator[value])
+    x = rng.standard_normal(source.type.at({TOKENS: len(positions)})).astype(source.type.dtype)
+    y = run_piece(value, nodes, {id(source): x}, positions)
+    return token_rows(source, x)[:, layout], token_rows(value, y)[:, layout]
 
 
 def _candidates(x: np.ndarray, y: np.ndarray) -> list[Rotary]:

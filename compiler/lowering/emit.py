@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff.compiler import jax_compat
-from distaff.compiler.analysis.functions import ACTIVATIONS
 from distaff.compiler.analysis.tokens import Kind
 from distaff.compiler.ir import ATTENTION, EMBED, MATMUL, ROW_PROGRAM, Node, Value
 from distaff.compiler.ir.evaluate import Evaluator
@@ -23,6 +22,7 @@ from distaff.compiler.passes.roll import LayerLoop
 from distaff.compiler.passes.serve import ServePlan, Slot
 from distaff.compiler.serve_step import StepFunction
 from distaff.kernels.matmul import embed_rows, matmul
+from distaff.kernels.matmul.operation import ACTIVATIONS
 from distaff.kernels.paged_attention import StepBatch, paged_attention, read_context, write_pages
 
 _ROW_BLOCK = 8  # tokens of a row program that are evaluated together

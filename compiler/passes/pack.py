@@ -23,18 +23,11 @@ class WeightFormats:
     matrices: WeightFormat
     tables: WeightFormat
 
-    @property
-    def coarsest(self) -> str:
-        """The kind of the format that keeps least."""
-        kinds = (self.matrices.kind, self.tables.kind)
-        return next(kind for kind in ("int4", "int8", "bfloat16", "float32") if kind in kinds)
-
 
 @dataclasses.dataclass(frozen=True)
 class PackedMatrix:
     """A packed weight, for the report."""
 
-    name: str
     format: WeightFormat
     parameters: int
     bytes: int
@@ -84,9 +77,7 @@ class _Packer:
         name = weights[0].name if len(weights) == 1 else "+".join(w.name for w in weights)
         arrays = {"values": packed.values, "scales": packed.scales, "offsets": packed.offsets}
         present = {role: array for role, array in arrays.items() if array is not None}
-        self.packed.append(
-            PackedMatrix(name, form, sum(m.size for m in matrices), sum(a.nbytes for a in present.values()))
-        )
+        self.packed.append(PackedMatrix(form, sum(m.size for m in matrices), sum(a.nbytes for a in present.values())))
         return {role: constant(array, f"{name}.{form.name}.{role}") for role, array in present.items()}
 
 

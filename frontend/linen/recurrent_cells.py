@@ -107,12 +107,8 @@ class SimpleCell(_VectorCell):
         return hidden, hidden
 
 
-class GRUCell(_VectorCell):
-    """Gated recurrent unit (https://arxiv.org/abs/1406.1078).
-
-    ``r, z = gate(W_i x + b_i + W_h h)``, ``n = activation(W_in x + b_in + r (W_hn h + b_hn))`` and
-    ``h' = (1 - z) n + z h``. Submodules: ``ir``, ``iz``, ``in``, ``hr``, ``hz`` and ``hn``.
-    """
+class _GatedCell(_VectorCell):
+    """What gated cells are configured with."""
 
     features: int
     gate_fn: Callable[..., Any] = sigmoid
@@ -123,6 +119,14 @@ class GRUCell(_VectorCell):
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     carry_init: Initializer = initializers.zeros
+
+
+class GRUCell(_GatedCell):
+    """Gated recurrent unit (https://arxiv.org/abs/1406.1078).
+
+    ``r, z = gate(W_i x + b_i + W_h h)``, ``n = activation(W_in x + b_in + r (W_hn h + b_hn))`` and
+    ``h' = (1 - z) n + z h``. Submodules: ``ir``, ``iz``, ``in``, ``hr``, ``hz`` and ``hn``.
+    """
 
     @compact
     def __call__(self, carry: Array, inputs: Array) -> Pair:
@@ -175,23 +179,13 @@ class MGUCell(_VectorCell):
         return hidden, hidden
 
 
-class LSTMCell(_VectorCell):
+class LSTMCell(_GatedCell):
     """Long short-term memory (https://www.bioinf.jku.at/publications/older/2604.pdf).
 
     ``i, f, o = gate(W_i x + W_h h + b_h)``, ``g = activation(W_ig x + W_hg h + b_hg)``, ``c' = f c + i g`` and
     ``h' = o activation(c')``. The carry is ``(c, h)``. Submodules: ``ii``, ``if``, ``ig``, ``io``, ``hi``, ``hf``,
     ``hg`` and ``ho``.
     """
-
-    features: int
-    gate_fn: Callable[..., Any] = sigmoid
-    activation_fn: Callable[..., Any] = tanh
-    kernel_init: Initializer = default_kernel_init
-    recurrent_kernel_init: Initializer = initializers.orthogonal()
-    bias_init: Initializer = initializers.zeros
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    carry_init: Initializer = initializers.zeros
 
     @compact
     def __call__(self, carry: Pair, inputs: Array) -> tuple[Pair, Array]:

@@ -48,7 +48,7 @@ def matmul(
         **_weight_attributes(spec),
         operands=np.int32(sum(given)),
         epsilon=np.float32(spec.norm_eps or 0),
-        activation=np.int32(0 if spec.activation is None else 1 + ACTIVATIONS.index(spec.activation)),
+        activation=np.int32(0 if spec.activation is None else 1 + list(ACTIVATIONS).index(spec.activation)),
         gated=spec.gated,
         int8_activations=spec.activations == "int8",
     )

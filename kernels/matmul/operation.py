@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -13,7 +13,13 @@ from distaff.kernels.matmul.formats import WeightFormat
 from distaff.kernels.matmul.packing import LANES, packed_shapes
 from distaff.kernels.registry import choose
 
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+# By name, in the order of the C++ enumeration (which begins with none).
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+}
 MOST_PARTS = 8
 INT8_MOST_ROWS = 65536  # of a matrix without groups, so that integer sums fit 32 bits
 

@@ -6,17 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from distaff.kernels.matmul.operation import MatmulSpec
+from distaff.kernels.matmul.operation import ACTIVATIONS, MatmulSpec
 from distaff.kernels.matmul.packing import LANES, unpack_arrays
 from distaff.kernels.registry import register
-
-_ACTIVATIONS = {
-    None: lambda x: x,
-    "silu": jax.nn.silu,
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "relu": jax.nn.relu,
-}
 
 
 @register("matmul", "reference", priority=-10)
@@ -33,7 +25,7 @@ def matmul(
     x = x.astype(jnp.float32)
     if norm_weight is not None and spec.norm_eps is not None:
         x = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + spec.norm_eps) * norm_weight
-    activate = _ACTIVATIONS[spec.activation]
+    activate = (lambda y: y) if spec.activation is None else ACTIVATIONS[spec.activation]
     packed_columns = arrays[0].shape[0] * LANES if spec.gated else spec.columns
     weight = unpack_arrays(arrays, spec.format, spec.rows, packed_columns, jnp)
     product = x @ weight
