@@ -63,6 +63,11 @@ from distaff.frontend.nnx.state import restore_int_paths as restore_int_paths
 from distaff.frontend.nnx.state import split_state as split_state
 from distaff.frontend.nnx.state import to_flat_state as to_flat_state
 from distaff.frontend.nnx.state import to_pure_dict as to_pure_dict
+from distaff.frontend.nnx.transforms.abstract import eval_shape as eval_shape
+from distaff.frontend.nnx.transforms.compilation import StateSharding as StateSharding
+from distaff.frontend.nnx.transforms.compilation import cached_partial as cached_partial
+from distaff.frontend.nnx.transforms.compilation import jit as jit
+from distaff.frontend.nnx.transforms.compilation import jit_partial as jit_partial
 from distaff.frontend.nnx.traversal import find_duplicates as find_duplicates
 from distaff.frontend.nnx.traversal import iter_children as iter_children
 from distaff.frontend.nnx.traversal import iter_graph as iter_graph
