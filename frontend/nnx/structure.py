@@ -62,6 +62,10 @@ class ItemCell:
     def __init__(self, value: Any) -> None:
         self._raw_value = value
 
+    def write(self, value: Any) -> None:
+        """Refuse: a change here is one of structure."""
+        raise AssertionError("An array inside a container was assigned by itself.")
+
 
 Cell = Variable[Any] | AttributeCell | ItemCell
 
