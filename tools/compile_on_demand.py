@@ -172,7 +172,7 @@ def compile_loaded(
         weight_formats=options.weight_formats(),
         stored=stored,
         kv_dtype=options.kv_dtype(),
-        passages=_passages(loaded, options) if quantised else (),
+        passages=passages(loaded, options) if quantised else (),
         page_size=options.page_size,
         buckets=options.batch_shapes(),
         num_pages=options.num_pages,
@@ -186,7 +186,7 @@ def compile_loaded(
     )
 
 
-def _passages(loaded: LoadedModel, options: CompileOptions) -> list[list[int]]:
+def passages(loaded: LoadedModel, options: CompileOptions) -> list[list[int]]:
     """The project's own text as token ids, a few hundred of each of its passages; none without a tokenizer."""
     if loaded.tokenizer is None:
         return []
