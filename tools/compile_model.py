@@ -31,7 +31,7 @@ with the weights and the tokenizer. A model that cannot be served token by token
 Examples:
   compile-model smollm2-135m -o smollm2
   compile-model ./my-checkpoint -o served --max-model-len 4096 --max-batch 32
-  compile-model smollm2-135m -o small --quantize int4
+  compile-model ./my-checkpoint -o small --quantize int4
   compile-model ./my-checkpoint --check            can this be served, and how?
   compile-model ./my-checkpoint -o served --buckets "decode=1,8,64 mixed=128x8,512x64"
 
