@@ -93,8 +93,8 @@ def cache_step(
     *batch, length, heads, depth = cached_key.shape
     if key.shape != (*batch, 1, heads, depth):
         raise ValueError(
-            f"Autoregressive cache shape error, expected key shape {(*batch, 1, heads, depth)} instead got {key.shape}: "
-            "decoding takes one token a call."
+            f"Autoregressive cache shape error, expected key shape {(*batch, 1, heads, depth)} instead got "
+            f"{key.shape}: decoding takes one token a call."
         )
     zero = jnp.zeros((), index.dtype)
     start = (*(zero,) * len(batch), index, zero, zero)
