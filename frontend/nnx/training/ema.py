@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from distaff.frontend.nnx.filters import Filter
-from distaff.frontend.nnx.graph import clone, recursive_map, state
+from distaff.frontend.nnx.graph import clone, merge, split, state
 from distaff.frontend.nnx.pytrees import Pytree, data
 from distaff.frontend.nnx.state import to_flat_state
-from distaff.frontend.nnx.variables import Variable
 
 A = TypeVar("A")
 
@@ -58,10 +57,9 @@ class EMA(Pytree):
             average[...] = self.decay * average[...] + (1 - self.decay) * new[path][...]
 
     def apply_to(self, model: A) -> A:
-        """A model with the structure of ``model`` and the variables of this object, which it shares."""
-        averages = dict(to_flat_state(self.params))
+        """A model like ``model`` with the averages in place of what they are of. It shares all its variables.
 
-        def replaced(path: tuple[Any, ...], value: Any) -> Any:
-            return averages.get(path, value) if isinstance(value, Variable) else value
-
-        return recursive_map(replaced, model, graph=self.graph)
+        Those are the ones of this object and, for what is not averaged, the ones of ``model``.
+        """
+        graphdef, _, others = split(model, self.filter, ..., graph=self.graph)
+        return merge(graphdef, self.params, others)

@@ -1,4 +1,4 @@
-"""Metrics that accumulate over batches: ``update`` adds a batch, ``compute`` gives the value so far, ``reset`` forgets."""
+"""Metrics over batches: ``update`` adds a batch, ``compute`` gives the value so far, ``reset`` forgets."""
 
 from __future__ import annotations
 

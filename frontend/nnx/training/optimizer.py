@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from distaff.frontend.nnx.filters import Filter
-from distaff.frontend.nnx.graph import pure, state, update
+from distaff.frontend.nnx.graph import as_pure, state, update
 from distaff.frontend.nnx.pytrees import Pytree, data
 from distaff.frontend.nnx.variables import Param, Variable
 
@@ -115,10 +115,10 @@ class Optimizer(Pytree, Generic[M]):
     def _step(self, model: M, grads: Any, kwargs: dict[str, Any]) -> Any:
         import optax  # here, so that modules work without the extra `train`
 
-        params = pure(state(model, self.wrt, graph=self.graph))
-        grads = pure(state(grads, self.wrt, graph=self.graph))
+        params = as_pure(state(model, self.wrt, graph=self.graph))
+        grads = as_pure(state(grads, self.wrt, graph=self.graph))
         _check_same_paths(params, grads)
-        updates, opt_state = self.tx.update(grads, pure(self.opt_state), params, **kwargs)
+        updates, opt_state = self.tx.update(grads, as_pure(self.opt_state), params, **kwargs)
         update(model, optax.apply_updates(params, updates))
         jax.tree.map(lambda var, value: var.set_value(value), self.opt_state, opt_state, is_leaf=_is_variable)
         self.step[...] += 1
@@ -137,6 +137,10 @@ def _check_same_paths(params: Any, grads: Any) -> None:
             f"{sorted(ours - theirs)}; with one, but not optimised: {sorted(theirs - ours)}. Take the gradient by the "
             "filter that the optimizer has as `wrt`: nnx.grad(fn, argnums=nnx.DiffState(0, wrt))."
         )
+
+
+def _paths(tree: Any) -> set[str]:
+    return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 class ModelAndOptimizer(Optimizer[M]):

@@ -11,7 +11,7 @@ from distaff.frontend import struct
 
 
 class TrainState(struct.PyTreeNode):
-    """What a functional training step takes and returns. Subclass it to keep more states; give their names to ``apply``.
+    """What a functional training step takes and returns. Subclass it to keep more states.
 
     >>> graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     >>> state = nnx.TrainState.create(graphdef, params=params, tx=optax.adam(1e-3))
