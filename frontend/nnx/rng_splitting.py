@@ -14,10 +14,11 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from distaff.frontend.nnx import filters
+from distaff.frontend.nnx import config, filters
 from distaff.frontend.nnx.filters import Filter
-from distaff.frontend.nnx.graph import iter_graph, recursive_map, resolve_modes
+from distaff.frontend.nnx.graphdef import graph_mode
 from distaff.frontend.nnx.rngs import Rngs, RngStream, RngValue, Shape, Shapes, shape_by_filter
+from distaff.frontend.nnx.traversal import iter_graph, recursive_map
 
 Path: TypeAlias = tuple[Any, ...]
 # A stream, its key and, if that was changed too, its count.
@@ -86,9 +87,14 @@ def _replaced(node: Any, rule: _Rule, graph: bool) -> Any:
     return recursive_map(new_stream, node, graph=graph)
 
 
+def _in_place(graph: bool | None, graph_updates: bool | None) -> bool:
+    updates = config.set_graph_updates.current_value() if graph_updates is None else graph_updates
+    return graph_mode(graph) and updates
+
+
 def _apply(node: Any, rule: _Rule, graph: bool | None, graph_updates: bool | None) -> Any:
     """Apply ``rule`` to the streams in ``node``, or to those in the arguments of a function that is to be decorated."""
-    graph, in_place = resolve_modes(graph, graph_updates)
+    graph, in_place = graph_mode(graph), _in_place(graph, graph_updates)
     if not isinstance(node, _Missing):
         return _replace_in_place(node, rule) if in_place else _replaced(node, rule, graph)
 
@@ -198,7 +204,7 @@ def with_rngs(
     Raises:
         NotImplementedError: in graph mode with updates.
     """
-    if resolve_modes(graph, graph_updates)[1]:
+    if _in_place(graph, graph_updates):
         raise NotImplementedError(
             "with_rngs returns a copy, so it isn't for graph mode with updates. Pass graph_updates=False (or "
             "graph=False), or change the streams in place with split_rngs or fork_rngs."

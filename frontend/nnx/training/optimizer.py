@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from distaff.frontend.nnx.filters import Filter
-from distaff.frontend.nnx.graph import as_pure, state, update
+from distaff.frontend.nnx.functional import as_pure
+from distaff.frontend.nnx.graph import state, update
 from distaff.frontend.nnx.pytrees import Pytree, data
 from distaff.frontend.nnx.variables import Param, Variable
 
