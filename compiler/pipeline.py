@@ -30,7 +30,7 @@ from distaff.compiler.passes.rotary import fold_rotary
 from distaff.compiler.passes.serve import ServePlan, bytes_per_token, plan_serving
 from distaff.compiler.quality import compare_on_text
 from distaff.compiler.serve_step import ServeStep
-from distaff.compiler.validate import TOLERANCE, validate
+from distaff.compiler.validate import TOLERANCE, float32_products, validate
 
 
 @dataclasses.dataclass
@@ -115,7 +115,7 @@ def derive_serve_step(
     last_only = plan.classes[plan.graph.outputs[0]] is Kind.REQUEST
     check = functools.partial(_validated, fn, params, max_model_len, page_size, last_only)
     dtypes = {str(v.type.dtype) for n in plan.graph.nodes for v in n.outputs} | {str(kv_dtype)}
-    lowest = next((d for d in ("bfloat16", "float16") if d in dtypes), "float32")
+    lowest = next((d for d in ("bfloat16", "float16") if d in dtypes), float32_products())
     step, loop = _emitted(plan, rolling)
     report["validation"] = check(step, lowest)
     if weight_formats is not None:
