@@ -54,7 +54,7 @@ def _sampler(sample: Callable[Concatenate[Any, P], Any]) -> Callable[Concatenate
     """A function of ``jax.random`` as a method that draws the key."""
 
     @functools.wraps(sample)
-    def method(self: _Draws, *args: P.args, **kwargs: P.kwargs) -> jax.Array:
+    def method(self: _Draws, /, *args: P.args, **kwargs: P.kwargs) -> jax.Array:
         return sample(self(), *args, **kwargs)  # type: ignore[no-any-return]
 
     return method
@@ -64,7 +64,7 @@ def _initializer(make: Callable[P, Any]) -> Callable[Concatenate[_Draws, P], Key
     """A maker of initialisers as a method; what it makes draws a key at each call."""
 
     @functools.wraps(make)
-    def method(self: _Draws, *args: P.args, **kwargs: P.kwargs) -> KeylessInitializer:
+    def method(self: _Draws, /, *args: P.args, **kwargs: P.kwargs) -> KeylessInitializer:
         initialize = make(*args, **kwargs)
 
         def keyless(shape: Shape, dtype: Any = None, out_sharding: Any = None) -> jax.Array:
@@ -148,7 +148,7 @@ def _as_key(value: Any) -> jax.Array:
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             return value
         if value.dtype == jnp.uint32:
-            return jax.random.wrap_key_data(value)
+            return jax.random.wrap_key_data(value)  # type: ignore[no-any-return]
     raise ValueError(f"Invalid rng value: {value}; a stream starts from an int, or from a jax.random.key.")
 
 

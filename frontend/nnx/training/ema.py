@@ -62,4 +62,4 @@ class EMA(Pytree):
         Those are the ones of this object and, for what is not averaged, the ones of ``model``.
         """
         graphdef, _, others = split(model, self.filter, ..., graph=self.graph)
-        return merge(graphdef, self.params, others)
+        return merge(graphdef, self.params, others)  # type: ignore[no-any-return]

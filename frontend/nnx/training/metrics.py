@@ -86,7 +86,7 @@ class Average(Metric):
 
     def compute(self) -> jax.Array:
         """The mean; nan of no values."""
-        return self.total[...] / self.count[...]
+        return self.total[...] / self.count[...]  # type: ignore[no-any-return]
 
 
 @struct.dataclass
