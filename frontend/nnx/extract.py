@@ -1,8 +1,8 @@
 """Objects into trees of arrays and back: the one way in which all transforms pass objects through JAX.
 
-``take`` replaces the objects in a function's arguments by tuples of arrays; the rest is a hashable ``Signature``. In the
-transform, ``Signature.enter`` makes objects of its own of them, the function runs, and ``Inside.leave`` finds what became
-of the objects. Outside, ``Plan.finish`` assigns that to the objects that were given and makes those returned.
+``take`` replaces the objects in a function's arguments by tuples of arrays; the rest is a hashable ``Signature``. In
+the transform, ``Signature.enter`` makes objects of its own of them, the function runs, and ``Inside.leave`` finds what
+became of the objects. Outside, ``Plan.finish`` assigns that to those that were given and makes those returned.
 """
 
 from __future__ import annotations
@@ -480,8 +480,8 @@ class Inside:
                 if isinstance(cell, Variable) and id(cell) in seen:
                     raise ValueError(
                         f"Duplicate {type(cell).__name__}: it is returned, and was given or is returned twice. "
-                        "Without graph updates that is not supported. Return a copy (nnx.clone), or pass graph=True and "
-                        "graph_updates=True to the transform."
+                        "Without graph updates that is not supported. Return a copy (nnx.clone), or pass graph=True "
+                        "and graph_updates=True to the transform."
                     )
             seen.update(map(id, walk.cells))
 
