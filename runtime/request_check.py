@@ -26,7 +26,7 @@ class ModelLimits:
             keep = params.truncate_prompt_tokens if params.truncate_prompt_tokens > 0 else self.max_model_len - 1
             prompt = prompt[-keep:]
         if not prompt:
-            raise PromptError("the prompt has no tokens; send at least one")
+            raise PromptError("the decoder prompt cannot be empty; send at least one token")
         if len(prompt) >= self.max_model_len:
             raise PromptError(
                 f"the prompt has {len(prompt)} tokens, but this model serves at most {self.max_model_len} tokens, of "
@@ -34,7 +34,7 @@ class ModelLimits:
             )
         if min(prompt) < 0 or max(prompt) >= self.vocab_size:
             wrong = next(token_id for token_id in prompt if not 0 <= token_id < self.vocab_size)
-            raise PromptError(f"the prompt has token id {wrong}, but the vocabulary is 0 to {self.vocab_size - 1}")
+            raise PromptError(f"token id {wrong} in the prompt is out of vocabulary (0 to {self.vocab_size - 1})")
         return prompt
 
     def check_params(self, params: SamplingParams) -> SamplingParams:

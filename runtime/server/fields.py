@@ -88,7 +88,9 @@ def _mismatch(path: str, wanted: str, value: object) -> Exception:
 
 
 def boolean(value: Any, path: str) -> bool:
-    """true or false."""
+    """true or false; as in vLLM also the words "true" and "false"."""
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
     if not isinstance(value, bool):
         raise _mismatch(path, "a boolean", value)
     return value
@@ -102,8 +104,10 @@ def integer(low: int = INT64_MIN, high: int = INT64_MAX) -> Check:
             raise _mismatch(path, "an integer", value)
         if isinstance(value, float) and not value.is_integer():
             raise bad_request(path, f"`{path}` must be an integer; {value} is not whole.")
-        if not low <= value <= high:
-            raise bad_request(path, f"`{path}` must be between {low} and {high}.")
+        if value < low:
+            raise bad_request(path, f"`{path}` must be greater than or equal to {low}.", "greater_than_equal")
+        if value > high:
+            raise bad_request(path, f"`{path}` must be less than or equal to {high}.", "less_than_equal")
         return int(value)
 
     return check
