@@ -21,6 +21,7 @@ from distaff.runtime.errors import EngineConfigError, PromptError
 from distaff.runtime.outputs import RequestOutput
 from distaff.runtime.sampling_params import RequestOutputKind, SamplingParams
 from distaff.runtime.tokenizer import Tokenizer
+from distaff.runtime.vllm_arguments import without_neutral
 
 COMPILE_ON_DEMAND = "distaff.compile_on_demand"
 
@@ -42,7 +43,8 @@ class LLM:
 
     ``model`` is an artifact folder. Anything else (a checkpoint folder, a GGUF file, a name) is compiled first, if
     distaff's tools are installed; ``dtype``, ``quantization`` (as ``compile-model --quantize``), ``block_size`` (tokens
-    a page) and ``compile_options`` are for that, and an artifact that was compiled differently is refused.
+    a page) and ``others``, compile options, are for that, and an artifact that was compiled differently is refused.
+    Of ``others`` those that vLLM has and distaff needs not (``enforce_eager``, …) are taken where they ask for nothing.
     ``tokenizer`` is a folder whose tokenizer replaces the artifact's. ``num_gpu_blocks_override`` is the number of
     pages, whatever the device. The other settings are those of `EngineConfig`. Raises `ArtifactError` if there is
     nothing that can be served, `EngineConfigError` otherwise.
@@ -65,13 +67,18 @@ class LLM:
         seed: int = 0,
         num_gpu_blocks_override: int | None = None,
         kv_cache_memory_bytes: int | None = None,
+        gpu_memory_utilization: float | None = None,
         max_logprobs: int = 20,
-        **compile_options: Any,
+        **others: Any,
     ) -> None:
+        compile_options = without_neutral(others)
         wanted = {"dtype": None if dtype == "auto" else dtype, "page_size": block_size}
         is_artifact = (Path(model) / MANIFEST).is_file()
         if is_artifact and quantization is not None:
             raise EngineConfigError(f"quantization is for a model that is compiled; {model} is an artifact already")
+        if is_artifact and compile_options:
+            names = ", ".join(compile_options)
+            raise EngineConfigError(f"{names}: LLM has no such setting for an artifact, and {model} is one")
         folder = _artifact_for(
             model,
             {
@@ -89,6 +96,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             num_pages=num_gpu_blocks_override,
             kv_cache_bytes=kv_cache_memory_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
             enable_prefix_caching=enable_prefix_caching,
             enable_chunked_prefill=enable_chunked_prefill,
             scheduling_policy=scheduling_policy,
@@ -106,7 +114,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
-        priority: Sequence[int] | None = None,
+        priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Completes the prompts; outputs come in their order.
 
@@ -114,7 +122,8 @@ class LLM:
         bar on standard error. Raises, before anything runs, what `Engine.add_request` raises.
         """
         wanted = _as_list(prompts)
-        params = _one_for_each("sampling_params", sampling_params or self.get_default_sampling_params(), len(wanted))
+        chosen = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        params = _one_for_each("sampling_params", chosen, len(wanted))
         priorities = _one_for_each("priority", 0 if priority is None else priority, len(wanted))
         ids: list[str] = []
         texts: dict[str, str | None] = {}
@@ -163,6 +172,10 @@ class LLM:
             # The template has put in what special tokens the model wants.
             prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
         return self.generate(prompts, sampling_params, use_tqdm)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets cached prompts; False, and nothing changes, while pages are in use."""
+        return self.engine.reset_prefix_cache()
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer in use; raises `TokenizerError` if there is none."""

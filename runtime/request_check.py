@@ -40,8 +40,9 @@ class ModelLimits:
     def check_params(self, params: SamplingParams) -> SamplingParams:
         """The parameters, where -1 log-probabilities are the whole vocabulary; raises `SamplingParamsError`."""
         params.check_model(self.vocab_size, self.max_logprobs)
-        if params.stop and not self.has_tokenizer:
-            raise SamplingParamsError("stop", "needs the output's text, but this artifact has no tokenizer")
+        for name in ("stop", "bad_words"):
+            if getattr(params, name) and not self.has_tokenizer:
+                raise SamplingParamsError(name, "needs a tokenizer, and this artifact has none")
         ends = self.eos_token_ids.union(params.stop_token_ids)
         if params.min_tokens and params.allowed_token_ids is not None and ends.issuperset(params.allowed_token_ids):
             raise SamplingParamsError(

@@ -86,7 +86,7 @@ class Answer(abc.ABC, Generic[RequestT]):
             for completion in sorted(output.outputs, key=lambda completion: completion.index):
                 self._count(completion)
                 choices.append(self.choice(len(choices), prompt_index, output, completion))
-        fields = {"object": self.object_name, "choices": choices, "usage": self._usage.as_json()}
+        fields: dict[str, Any] = {"object": self.object_name, "choices": choices, "usage": self._usage.as_json()}
         fields |= {"service_tier": None, "system_fingerprint": None}
         return self._envelope | fields | self.extras(outputs[0])
 

@@ -278,6 +278,9 @@ def test_metrics_have_vllms_names(client):
         return next(s.value for s in families[family].samples if s.name == sample and more.items() <= s.labels.items())
 
     assert value("vllm:num_requests_waiting", "vllm:num_requests_waiting", **labels) == 2
+    by_reason = "vllm:num_requests_waiting_by_reason"
+    assert value(by_reason, by_reason, reason="capacity") == 2
+    assert value("vllm:request_num_preemptions", "vllm:request_num_preemptions_count") == 1
     assert value("vllm:kv_cache_usage_perc", "vllm:kv_cache_usage_perc", **labels) == 0.25
     assert value("vllm:prompt_tokens", "vllm:prompt_tokens_total", **labels) == 2
     assert value("vllm:request_success", "vllm:request_success_total", finished_reason="stop") == 1

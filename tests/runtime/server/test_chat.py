@@ -233,7 +233,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}
         ({"priority": 1}, "priority"),
         ({"cache_salt": ""}, "cache_salt"),
         ({"use_beam_search": True}, "use_beam_search"),
-        ({"bad_words": ["x"]}, "bad_words"),
+        ({"bad_words": [""]}, "bad_words"),
     ],
 )
 def test_what_is_refused_names_its_field(client, fields, param):
