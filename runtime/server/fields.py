@@ -104,10 +104,10 @@ def integer(low: int = INT64_MIN, high: int = INT64_MAX) -> Check:
             raise _mismatch(path, "an integer", value)
         if isinstance(value, float) and not value.is_integer():
             raise bad_request(path, f"`{path}` must be an integer; {value} is not whole.")
-        if value < low:
-            raise bad_request(path, f"`{path}` must be greater than or equal to {low}.", "greater_than_equal")
-        if value > high:
-            raise bad_request(path, f"`{path}` must be less than or equal to {high}.", "less_than_equal")
+        if not low <= value <= high:
+            words, limit = ("greater than or equal", low) if value < low else ("less than or equal", high)
+            code = words.replace(" or ", " ").replace(" ", "_")  # pydantic's name, which clients of vLLM look for
+            raise bad_request(path, f"`{path}` must be {words} to {limit} ({code}).", code)
         return int(value)
 
     return check
