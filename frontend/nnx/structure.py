@@ -38,7 +38,7 @@ _MAX_KEPT = 4  # structures kept on one root: of it alone, and with others as ar
 
 
 class AttributeCell:
-    """An array that is an attribute of a node, or the value of a key of a dict. Has of a ``Variable`` what gathering and assigning values needs."""
+    """An array that is an attribute of a node or an item of a dict; read and written as a ``Variable`` is."""
 
     __slots__ = ("attributes", "name")
 
