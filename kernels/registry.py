@@ -122,7 +122,7 @@ def survey(platform: str) -> tuple[Choice, ...]:
     """
     for module in pkgutil.iter_modules(importlib.import_module(_PACKAGE).__path__):
         if module.ispkg:
-            _import_files(module.name)
+            import_files(module.name)
     return tuple(
         Choice(operation, call, explain(operation, platform, attributes))
         for operation, calls in sorted(_usual_calls.items())
@@ -159,15 +159,18 @@ def choose(operation: str, platform: str, attributes: Attributes) -> Implementat
 
 
 def _candidates(operation: str) -> Collection[Implementation]:
-    _import_files(operation)
+    import_files(operation)
     if operation not in _implementations:
         raise UnknownOperationError(f"no file of {_PACKAGE}.{operation} registers an implementation of {operation!r}")
     return _implementations[operation].values()
 
 
 @functools.cache
-def _import_files(operation: str) -> None:
-    """Imports every file in the operation's folder, so that each can register itself."""
+def import_files(operation: str) -> None:
+    """Imports every file in the operation's folder, so that each can register itself.
+
+    Raises `UnknownOperationError`.
+    """
     name = f"{_PACKAGE}.{operation.partition('.')[0]}"
     try:
         folder = importlib.import_module(name)

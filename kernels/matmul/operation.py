@@ -9,8 +9,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from distaff.kernels.matmul.formats import WeightFormat
-from distaff.kernels.matmul.packing import LANES, packed_shapes
+from distaff.kernels.matmul.formats import LANES, WeightFormat, usual_formats
+from distaff.kernels.matmul.packing import packed_shapes
 from distaff.kernels.registry import Attributes, choose, usual_calls
 
 # By name, in the order of the C++ enumeration (which begins with none).
@@ -136,9 +136,7 @@ def call_attributes(spec: MatmulSpec, dtype: str) -> dict[str, Any]:
 @usual_calls("matmul")
 @usual_calls("matmul.embed_rows")
 def _calls() -> dict[str, Attributes]:
-    names = ("f32", "bf16", "int8", "int8-channel", "int4", "q4_1")
-    formats = [WeightFormat.parse(name) for name in names]
-    return {str(format): call_attributes(MatmulSpec(format, 1024, 1024), "float32") for format in formats}
+    return {str(format): call_attributes(MatmulSpec(format, 1024, 1024), "float32") for format in usual_formats()}
 
 
 def bias_size(spec: MatmulSpec) -> int:

@@ -20,7 +20,7 @@ def folder(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("")
     yield package
     registry._implementations.pop("twist", None)
-    registry._import_files.cache_clear()
+    registry.import_files.cache_clear()
     for name in [name for name in sys.modules if name.startswith("distaff.kernels.twist")]:
         del sys.modules[name]
 
