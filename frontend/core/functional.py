@@ -76,7 +76,8 @@ def init(
     def call(rngs: PRNGKey | Mapping[str, PRNGKey | LazyRng], *args: Any, **kwargs: Any) -> Any:
         if not is_valid_rng(rngs) and not is_valid_rngs(rngs):
             raise ValueError(
-                f"The first argument of init is a random key, or a dict of random keys by stream name; got {rngs!r}."
+                "First argument passed to an init function should be a ``jax.PRNGKey`` or a dict of them by stream "
+                f"name; got {rngs!r}."
             )
         return run({}, *args, rngs=rngs, **kwargs)
 

@@ -311,7 +311,7 @@ class Scope:
         if not self.has_variable(col, name):
             if init_fn is None or not self.is_mutable_collection(col):
                 if self.is_collection_empty(col):
-                    raise errors.ScopeCollectionNotFound(col, name, self.path_text)
+                    raise errors.ScopeCollectionNotFound(col, name, self.path_text, self.root._variables)
                 raise errors.ScopeVariableNotFoundError(name, col, self.path_text)
             self.put_variable(col, name, init_fn(*init_args, **init_kwargs))
         return Variable(self, col, name, unbox)
@@ -333,7 +333,7 @@ class Scope:
         else:
             if not self.is_mutable_collection("params"):
                 if self.is_collection_empty("params"):
-                    raise errors.ScopeCollectionNotFound("params", name, self.path_text)
+                    raise errors.ScopeCollectionNotFound("params", name, self.path_text, self.root._variables)
                 raise errors.ScopeParamNotFoundError(name, self.path_text)
             key = self.make_rng("params", needed=not ignores_key(init_fn))
             value = init_fn(key, *init_args, **init_kwargs)
@@ -362,7 +362,7 @@ class Scope:
         stream = name if name in self.rngs else "params"
         if stream not in self.rngs:
             raise errors.InvalidRngError(
-                f'Module "{self.path_text}" needs random keys for "{name}", and none were given. Pass them: '
+                f'{self.name or "The root module"} ("{self.path_text}") needs PRNG for "{name}". Pass a key: '
                 f'model.apply(variables, x, rngs={{"{name}": jax.random.key(0)}}).'
             )
         self._check_valid()

@@ -73,7 +73,7 @@ class ModuleBase:
     def _bound(self, purpose: str) -> Scope:
         if self.scope is None:
             raise ValueError(
-                f"Can't {purpose} on an unbound module ({type(self).__name__}). Do it inside a method that runs under "
+                f"Can't {purpose} on unbound modules ({type(self).__name__}). Do it inside a method that runs under "
                 "init or apply, or on module.bind(variables)."
             )
         return self.scope
@@ -82,8 +82,8 @@ class ModuleBase:
         """The scope, for a method that may declare a variable ``name`` here and now."""
         if not self._initialization_allowed:
             raise ValueError(
-                f'The {kind} "{name}" of {type(self).__name__} must be declared in setup() or in a method wrapped in '
-                "@nn.compact."
+                f'The {kind} "{name}" of {type(self).__name__} must be initialized in `setup()` or in a method wrapped '
+                "in `@compact`."
             )
         scope = self._bound(f"declare a {kind}")
         if scope.name_reserved(name, col):
@@ -164,14 +164,14 @@ class ModuleBase:
 
     def has_rng(self, name: str) -> bool:
         """Whether a random stream of that name was given to this call."""
-        return self._bound("query for random keys").has_rng(name)
+        return self._bound("query for RNGs").has_rng(name)
 
     def make_rng(self, name: str = "params") -> PRNGKey:
         """A new key from a random stream, or from ``params`` if the stream was not given.
 
         The key depends on the given key, the module's path and the number of the draw, and on nothing else.
         """
-        return self._bound("use random keys").make_rng(name)
+        return self._bound("use RNGs").make_rng(name)
 
     def is_initializing(self) -> bool:
         """Whether this call is ``init``."""
@@ -223,7 +223,7 @@ class ModuleBase:
             return value
         if not scope.has_variable(collection, name):
             raise ValueError(
-                f'The collection "{collection}" was passed to apply without "{name}" at "{scope.path_text}". Make the '
-                "perturbations with init, or leave the collection out."
+                f'Perturbation collection "{collection}" was passed to apply without "{name}" at "{scope.path_text}". '
+                "Make the perturbations with init, or leave the collection out."
             )
         return jax.tree.map(jnp.add, value, scope.get_variable(collection, name))
