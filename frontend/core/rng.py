@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff.frontend import struct
+from distaff.frontend.configurations import config
 
 PRNGKey: TypeAlias = jax.Array
 
@@ -52,6 +53,8 @@ def _path_hash(path: tuple[str | int, ...]) -> int:
             digest.update(part.encode())
         else:
             digest.update(part.to_bytes((part.bit_length() + 7) // 8, "big"))
+        if config.flax_fix_rng_separator:
+            digest.update(b"\0")
     return int.from_bytes(digest.digest()[:4], "big")
 
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
 
 from distaff.frontend import errors
+from distaff.frontend.configurations import config
 from distaff.frontend.core import meta, tracers
 from distaff.frontend.core.filters import CollectionFilter, in_filter
-from distaff.frontend.core.frozen_dict import FrozenDict
+from distaff.frontend.core.frozen_dict import FrozenDict, freeze
 from distaff.frontend.core.initializer_shapes import ignores_key, initializer_shapes
 from distaff.frontend.core.rng import KeyCounters, LazyRng, PRNGKey
 
@@ -84,8 +85,8 @@ class Scope:
         name: str | None = None,
         mutable: CollectionFilter = False,
         parent: Scope | None = None,
-        path: tuple[str, ...] = (),
-        debug_path: tuple[str, ...] = (),
+        path: Iterable[str] = (),
+        debug_path: Iterable[str] = (),
         flags: Mapping[str, Any] | None = None,
     ) -> None:
         self._variables = variables
@@ -93,8 +94,8 @@ class Scope:
         self.name = name
         self.mutable = mutable
         self.parent = parent
-        self.path = path
-        self.debug_path = debug_path or path
+        self.path = tuple(path)
+        self.debug_path = tuple(debug_path or path)
         self.flags: Mapping[str, Any] = flags or {}
         self._root = parent.root if parent else None  # not self: that would be a reference cycle
         self.key_counters = KeyCounters()
@@ -178,7 +179,7 @@ class Scope:
         if not isinstance(name, str):
             raise TypeError(f"Names of modules and variables are strings, got {name!r} of type {type(name)}.")
         if self.name_reserved(name, col):
-            raise ValueError(f'Duplicate use of the name "{name}" in "{self.path_text}".')
+            raise ValueError(f'Duplicate use of scope name: "{name}" in "{self.path_text}".')
         self.reservations.setdefault(name, set()).add(col)
 
     def default_name(self, prefix: str) -> str:
@@ -241,9 +242,10 @@ class Scope:
             self._collection(col)
         return self._variables
 
-    def mutable_variables(self) -> dict[str, Any]:
+    def mutable_variables(self) -> Mapping[str, Any]:
         """The mutable collections at this place."""
-        return {col: variables for col, variables in self.variables().items() if in_filter(self.mutable, col)}
+        mutable = {col: variables for col, variables in self.variables().items() if in_filter(self.mutable, col)}
+        return freeze(mutable) if config.flax_return_frozendict else mutable
 
     def is_mutable_collection(self, col: str) -> bool:
         """Whether variables of the collection can be assigned to."""
@@ -362,7 +364,7 @@ class Scope:
         stream = name if name in self.rngs else "params"
         if stream not in self.rngs:
             raise errors.InvalidRngError(
-                f'{self.name or "The root module"} ("{self.path_text}") needs PRNG for "{name}". Pass a key: '
+                f'At "{self.path_text}", {self.name} needs PRNG for "{name}". Pass a key: '
                 f'model.apply(variables, x, rngs={{"{name}": jax.random.key(0)}}).'
             )
         self._check_valid()

@@ -21,7 +21,7 @@ from distaff.frontend.core.rng import LazyRng
 from distaff.frontend.core.scope import Scope, Variable
 from distaff.frontend.linen.attributes import PLAIN_TYPES
 from distaff.frontend.linen.class_transform import wrap_method
-from distaff.frontend.linen.fingerprint import module_fingerprint
+from distaff.frontend.linen.fingerprint import _HashableProxy
 from distaff.frontend.linen.module import Module, unbound_function
 from distaff.frontend.linen.module_base import ModuleState
 
@@ -216,7 +216,7 @@ def lifted_once(
     def call(module: Module, *args: Any, **kwargs: Any) -> Any:
         with _forked_rngs(module):
             crossing = _Crossing(module, args, kwargs)
-            key = tuple(module_fingerprint(x) for x in crossing.passengers)
+            key = tuple(_HashableProxy.from_module(x) for x in crossing.passengers)
             with calls.running((crossing, module._state.inside_transform())):
                 output = transformed(crossing.scopes, key, *crossing.args, **crossing.kwargs)
         module._state.follow(states[key])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable
 from typing import Any, dataclass_transform
 
@@ -14,21 +15,26 @@ from distaff.frontend.core.rng import PRNGKey
 from distaff.frontend.core.scope import Scope, Variable
 
 
+class SetupState(enum.IntEnum):
+    """Whether a module's ``setup`` has run: not at all, only on the outside of the present transform, or here."""
+
+    NEW = 0
+    TRANSFORMED = 1
+    DONE = 2
+
+
 class ModuleState:
     """The changing part of a module: where it is in its life, and what it has made so far."""
 
     __slots__ = (
         "autoname_cursor", "children", "in_compact_method", "in_setup", "is_initialized", "setup_called",
-        "setup_repeats",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.in_compact_method = False
         self.in_setup = False
-        self.setup_called = False
+        self.setup_called = SetupState.NEW
         self.is_initialized = False
-        # Inside a lifted transform: setup ran outside already, so its names are taken rightly.
-        self.setup_repeats = False
         # The next number of each class's automatic names: {"Dense": 2} after Dense_0 and Dense_1.
         self.autoname_cursor: dict[str, int] = {}
         # Submodules, and for variables the collection, by name.
@@ -43,7 +49,7 @@ class ModuleState:
     def inside_transform(self) -> ModuleState:
         """The state of the module's clone inside a lifted transform; setup runs again there."""
         state = ModuleState()
-        state.setup_repeats = self.setup_called or self.setup_repeats
+        state.setup_called = SetupState.TRANSFORMED if self.setup_called else SetupState.NEW
         state.follow(self)
         return state
 
