@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
+from jax import Array as Array
 
 from distaff.frontend import errors
 from distaff.frontend.configurations import config
@@ -22,6 +23,7 @@ from distaff.frontend.core.filters import CollectionFilter, in_filter
 from distaff.frontend.core.frozen_dict import FrozenDict, freeze
 from distaff.frontend.core.initializer_shapes import ignores_key, initializer_shapes
 from distaff.frontend.core.rng import KeyCounters, LazyRng, PRNGKey
+from distaff.frontend.ids import FlaxId
 
 T = TypeVar("T")
 
@@ -102,7 +104,7 @@ class Scope:
         # Collections (None: a child scope) that have something of this name.
         self.reservations: dict[str, set[str | None]] = {}
         # Modules from outside that were cloned into this tree, by the identity of the original: sharing survives.
-        self.adopted: weakref.WeakValueDictionary[int, Any] = (
+        self.adopted: weakref.WeakValueDictionary[FlaxId, Any] = (
             parent.root.adopted if parent else weakref.WeakValueDictionary()
         )
         # The JAX transform that the variables belong to.

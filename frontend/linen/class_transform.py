@@ -61,7 +61,7 @@ def compact_name_scope(fun: F) -> F:
     def method(module: Any, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(module, "_name_scopes"):
             raise ValueError(
-                f"Cannot call the compact_name_scope method {name!r} on a module that is not set up. Call it inside "
+                f"Cannot call compact_name_scope method {name!r} on a Module that has not been setup. Call it inside "
                 "init, apply or bind, and not in setup()."
             )
         return module._name_scopes[name](*args, **kwargs)

@@ -45,10 +45,13 @@ def canonicalize_padding(padding: Padding, rank: int) -> LaxPadding:
     if isinstance(padding, str):
         return padding
     pads = [padding] * rank if isinstance(padding, int) else list(padding)
-    pairs = [(pad, pad) if isinstance(pad, int) else tuple(pad) for pad in pads]
-    if len(pairs) != rank or any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"padding must be a name, an integer, or {rank} integers or pairs of them, got {padding!r}.")
-    return pairs  # type: ignore[return-value]
+    pairs = [(pad, pad) if isinstance(pad, int) else pad for pad in pads]
+    if len(pairs) != rank or any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in pairs):
+        raise ValueError(
+            f"Invalid padding format: {padding}, should be str, int, or a sequence of len {rank} where each element is "
+            "an int or pair of ints."
+        )
+    return [(low, high) for low, high in pairs]
 
 
 def _with_one_batch_axis(inputs: Array, rank: int) -> tuple[Array, tuple[int, ...]]:
@@ -72,7 +75,9 @@ def _kernel_and_bias(
 ) -> tuple[Array, Array | None]:
     """The layer's parameters, the kernel masked; ValueError if the mask has another shape."""
     if layer.mask is not None and layer.mask.shape != kernel_shape:
-        raise ValueError(f"The mask must have the shape of the kernel, {kernel_shape}, got {layer.mask.shape}.")
+        raise ValueError(
+            f"Mask needs to have the same shape as weights. Shapes are: {layer.mask.shape}, {kernel_shape}"
+        )
     kernel = layer.param("kernel", layer.kernel_init, kernel_shape, layer.param_dtype)
     if layer.mask is not None:
         kernel *= layer.mask
@@ -134,7 +139,9 @@ class _Convolution(Module):
         ]
         if padding == "CAUSAL":
             if len(kernel_size) != 1:
-                raise ValueError(f"CAUSAL padding is for kernels with one spatial axis, got kernel_size {kernel_size}.")
+                raise ValueError(
+                    f"Causal padding is only implemented for 1D convolutions. kernel_size is {kernel_size}."
+                )
             return jnp.pad(inputs, [(0, 0), (reach[0], 0), (0, 0)]), "VALID"
         pads = [(0, 0), *((r // 2, (r + 1) // 2) for r in reach), (0, 0)]
         return jnp.pad(inputs, pads, mode=_PAD_MODES[padding]), "VALID"

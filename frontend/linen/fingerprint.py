@@ -13,6 +13,7 @@ from distaff.frontend.core.scope import Scope, Variable
 from distaff.frontend.linen.attributes import PLAIN_TYPES
 from distaff.frontend.linen.module import Module
 from distaff.frontend.linen.module_base import ModuleState
+from distaff.frontend.state_dict import is_serializable, to_state_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,8 @@ def _fingerprint(x: Any, path: tuple[str, ...], seen: dict[int, int]) -> Any:
         return x.shape, str(x.dtype), x.tobytes()
     if isinstance(x, list | tuple):
         return type(x), tuple(_fingerprint(item, (*path, str(i)), seen) for i, item in enumerate(x))
+    if is_serializable(x):
+        return type(x), _fingerprint(to_state_dict(x), path, seen)
     if not _is_hashable(x):
         raise ValueError(
             f"Value at {'/'.join(path)!r} is not hashable, and nn.jit needs to compare modules: {x!r} of type "

@@ -182,7 +182,10 @@ def _only(scopes: list[Scope]) -> Scope:
 @contextlib.contextmanager
 def _forked_rngs(module: Module) -> Iterator[None]:
     """Let the streams of the module start at keys drawn from them."""
-    scope = module._bound("run a compiled method")
+    scope = module.scope
+    if scope is None:  # nothing to draw
+        yield
+        return
     before = scope.rngs
     scope.rngs = {stream: LazyRng.create(scope.make_rng(stream)) for stream in before}
     try:

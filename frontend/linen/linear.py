@@ -165,14 +165,17 @@ class Einsum(Module):
     def __call__(self, inputs: Array, einsum_str: str | None = None) -> Array:
         """Apply the layer; ValueError if the equation does not have the form "…,…->…"."""
         equation = merge_param("einsum_str", self.einsum_str, einsum_str).replace(" ", "")
-        if "->" not in equation or equation.count(",") != 1:
+        if "->" not in equation:
+            raise ValueError(f'`einsum_str` equation must be explicit and include "->". It is {equation!r}.')
+        if equation.count(",") != 1:
             raise ValueError(
-                f'`einsum_str` must have two operands and an explicit "->", as in "bi,io->bo": {equation!r}'
+                "`einsum_str` equation must have exactly two operands and therefore, exactly one comma character, "
+                f"instead of {equation.count(',')}. It is {equation!r}."
             )
         kernel = self.param("kernel", self.kernel_init, self.shape, self.param_dtype)
         bias, broadcast_shape = None, None
         if self.use_bias:
-            broadcast_shape = _einsum_bias_shape(equation, inputs.ndim, kernel.shape)
+            broadcast_shape = _einsum_bias_shape(equation, inputs.ndim, jnp.shape(kernel))
             bias_shape = tuple(size for size in broadcast_shape if size is not None)
             bias = self.param("bias", self.bias_init, bias_shape, self.param_dtype)
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
@@ -188,11 +191,18 @@ def _einsum_bias_shape(equation: str, ndim: int, kernel_shape: tuple[int, ...]) 
     """For each axis of the output its size if it is an axis of the kernel, otherwise None."""
     operands, result = equation.split("->")
     inputs, kernel = operands.split(",")
-    if "..." in kernel:
-        raise ValueError(f"With use_bias the kernel's axes must all be named, got {equation!r}.")
-    batch = "." * (ndim - len(inputs.replace("...", "")))
-    sizes = dict(zip(kernel, kernel_shape, strict=True))
-    return [sizes.get(letter) for letter in result.replace("...", batch)]
+    unnamed = {
+        term: rank - len(term.replace("...", "")) for term, rank in ((inputs, ndim), (kernel, len(kernel_shape)))
+    }
+    most = max(unnamed.values())
+
+    def axes(term: str, count: int) -> list[str | int]:
+        """The axes of a term: names, and for an ellipsis numbers that align on the right."""
+        before, _, after = term.partition("...")
+        return [*before, *range(most - count, most), *after]
+
+    sizes = dict(zip(axes(kernel, unnamed[kernel]), kernel_shape, strict=True))
+    return [sizes.get(axis) for axis in axes(result, most if "..." in result else 0)]
 
 
 class Embed(Module):
@@ -224,7 +234,7 @@ class Embed(Module):
     def __call__(self, inputs: Array) -> Array:
         """The vectors at the integers ``inputs``; ValueError if they are not integers."""
         if not jnp.issubdtype(inputs.dtype, jnp.integer):
-            raise ValueError(f"Embed looks up integers, got an input of dtype {inputs.dtype}.")
+            raise ValueError(f"Input type must be an integer or unsigned integer. Embed got {inputs.dtype}.")
         (embedding,) = self.promote_dtype(self.embedding, dtype=self.dtype, inexact=False)
         if self.num_embeddings == 1:  # no valid index but 0, and nothing to look up
             return jnp.broadcast_to(embedding[0], (*inputs.shape, self.features))

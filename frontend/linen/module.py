@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import inspect
-import itertools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
@@ -21,6 +20,7 @@ from distaff.frontend.core.filters import CollectionFilter
 from distaff.frontend.core.functional import lazy_variables
 from distaff.frontend.core.rng import LazyRng, PRNGKey, is_valid_rng
 from distaff.frontend.core.scope import Scope
+from distaff.frontend.ids import FlaxId, uuid
 from distaff.frontend.linen import class_transform
 from distaff.frontend.linen.attributes import PLAIN_TYPES, attribute_text, map_modules
 from distaff.frontend.linen.context import CaptureFilter, context
@@ -28,8 +28,6 @@ from distaff.frontend.linen.functional import ALL_BUT_INTERMEDIATES, apply, init
 from distaff.frontend.linen.module_base import ModuleBase, ModuleState, SetupState
 
 T = TypeVar("T")
-
-_ids = itertools.count()
 
 
 class _Unspecified(enum.Enum):
@@ -91,7 +89,7 @@ class Module(ModuleBase):
     # Construction and attachment.
 
     def __post_init__(self) -> None:
-        self.__dict__["_id"] = next(_ids)
+        self.__dict__["_id"] = uuid()
         state = self.__dict__["_state"] = ModuleState()
         if self.parent is _Unspecified.PARENT:
             self.parent = context.module_stack[-1]
@@ -228,7 +226,7 @@ class Module(ModuleBase):
         self,
         *,
         parent: Module | Scope | _Unspecified | None = None,
-        _deep_clone: bool | dict[int, Module] = False,
+        _deep_clone: bool | dict[FlaxId, Module] = False,
         _reset_names: bool = False,
         **updates: Any,
     ) -> Self:
@@ -241,7 +239,7 @@ class Module(ModuleBase):
         attributes.update(name=self.name, parent=parent)
         attributes.update(updates)
         if _deep_clone is not False:
-            clones: dict[int, Module] = {} if _deep_clone is True else _deep_clone
+            clones: dict[FlaxId, Module] = {} if _deep_clone is True else _deep_clone
             renamed: dict[str, Any] = {"name": None} if _reset_names else {}
 
             def clone(suffix: str, module: Module) -> Module:
@@ -482,7 +480,10 @@ def _check_module(module: Any) -> None:
 
 def merge_param(name: str, a: T | None, b: T | None) -> T:
     """The one of a constructor argument and a call argument that is given; ValueError if both or neither are."""
-    if (a is None) == (b is None):
-        how = "not at all" if a is None else "both"
-        raise ValueError(f'Pass "{name}" either to the constructor or to the call; it was passed {how}.')
+    if a is None and b is None:
+        raise ValueError(f'Parameter "{name}" must be passed to the constructor or at call time.')
+    if a is not None and b is not None:
+        raise ValueError(
+            f'Parameter "{name}" was passed to the constructor and at call time. Should be passed just once.'
+        )
     return a if a is not None else b  # type: ignore[return-value]

@@ -186,7 +186,7 @@ class ModuleBase:
     @property
     def path(self) -> tuple[str, ...]:
         """The names from the root module, whose path is ``()``, to this one."""
-        return self._bound("access the path").path
+        return self._bound("access module paths").path
 
     def sow(
         self,

@@ -197,7 +197,9 @@ class GroupNorm(Module):
         last = x.ndim - 1
         axes = _axes((*range(1, last), last) if self.reduction_axes is None else self.reduction_axes, x.ndim)
         if axes[-1] != last:
-            raise ValueError(f"reduction_axes {self.reduction_axes} must include the last axis, that of the channels.")
+            raise ValueError(
+                f"The reduction axes must include the final dimension, that of the channels: {self.reduction_axes}."
+            )
         groups = self._number_of_groups(x.shape[-1])
         group_size = x.shape[-1] // groups
         if mask is not None:
@@ -210,13 +212,19 @@ class GroupNorm(Module):
     @nowrap
     def _number_of_groups(self, channels: int) -> int:
         if (self.num_groups is None) == (self.group_size is None):
-            raise ValueError("Give either num_groups or group_size; with group_size pass num_groups=None.")
+            raise ValueError(
+                "Either `num_groups` or `group_size` should be specified; with group_size pass num_groups=None."
+            )
         if self.group_size is not None:
             if channels % self.group_size:
-                raise ValueError(f"group_size {self.group_size} does not divide the number of channels, {channels}.")
+                raise ValueError(
+                    f"Number of channels ({channels}) is not multiple of the group size ({self.group_size})."
+                )
             return channels // self.group_size
         if not self.num_groups or self.num_groups < 0 or channels % self.num_groups:
-            raise ValueError(f"num_groups {self.num_groups} does not divide the number of channels, {channels}.")
+            raise ValueError(
+                f"Number of groups ({self.num_groups}) does not divide the number of channels ({channels})."
+            )
         return self.num_groups
 
 
