@@ -113,3 +113,6 @@ flax_fix_rng = bool_flag(
     default=False,
     help="Fold paths into random keys so that ('ab', 'c') and ('a', 'bc') differ. Changes initial parameters.",
 )
+flax_use_orbax_checkpointing = bool_flag(
+    "flax_use_orbax_checkpointing", default=True, help="save_checkpoint writes with Orbax; otherwise a msgpack file."
+)

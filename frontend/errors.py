@@ -171,8 +171,8 @@ class ApplyScopeInvalidVariablesStructureError(FlaxError):
 
     def __init__(self, variables: object) -> None:
         super().__init__(
-            'The variables passed to apply have an extra params layer: {"params": {"params": ...}}, where a dict with '
-            'the structure {"params": ...} is expected.'
+            'Expect the `variables` (first argument) passed to apply() to be a dict with the structure {"params": '
+            '...}, but got a dict with an extra params layer, i.e.  {"params": {"params": ... }} .'
             + _wrong_right(
                 "variables = model.init(key, x)\nmodel.apply({'params': variables}, x)",
                 "variables = model.init(key, x)\nmodel.apply(variables, x)",

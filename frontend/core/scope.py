@@ -20,6 +20,12 @@ from distaff.frontend import errors
 from distaff.frontend.configurations import config
 from distaff.frontend.core import meta, tracers
 from distaff.frontend.core.filters import CollectionFilter, in_filter
+from distaff.frontend.core.filters import DenyList as DenyList
+from distaff.frontend.core.filters import group_collections as group_collections
+from distaff.frontend.core.filters import intersect_filters as intersect_filters
+from distaff.frontend.core.filters import is_filter_empty as is_filter_empty
+from distaff.frontend.core.filters import subtract_filters as subtract_filters
+from distaff.frontend.core.filters import union_filters as union_filters
 from distaff.frontend.core.frozen_dict import FrozenDict, freeze
 from distaff.frontend.core.initializer_shapes import ignores_key, initializer_shapes
 from distaff.frontend.core.rng import KeyCounters, LazyRng, PRNGKey

@@ -118,7 +118,7 @@ class _Cast:
             name: value if type(value) in PLAIN_TYPES else jax.tree.map(self, value)
             for name, value in _fields(module).items()
         }
-        return cls(**fields, name=module.name, parent=self._scopes[id(module)])
+        return cls(**fields, name=module.name, parent=self._scopes.get(id(module)))
 
 
 def _check_output(output: Any, name: object) -> None:
