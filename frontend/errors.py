@@ -430,7 +430,7 @@ class AlreadyExistsError(FlaxError):
         )
 
 
-class InvalidCheckpointError(FlaxError):
+class InvalidCheckpointError(FlaxError, ValueError):
     """A checkpoint was to be saved where there is one of the same or a later step."""
 
     def __init__(self, path: str, step: object) -> None:

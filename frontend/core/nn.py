@@ -6,13 +6,13 @@ told otherwise. Attention is in ``distaff.frontend.linen``.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from distaff.frontend import struct
 from distaff.frontend.core.scope import Scope
 from distaff.frontend.linen import activation as activation
 from distaff.frontend.linen import convolution, initializers, linear, normalization
@@ -68,7 +68,7 @@ def dense_general(
     bias_init: Initializer = initializers.zeros,
     precision: Any = None,
 ) -> Array:
-    """A product over several axes, into several."""
+    """A product over several axes, into several; along ``batch_dims`` each index has a kernel of its own."""
     layer = linear.DenseGeneral(
         features, axis, batch_dims, bias, dtype, kernel_init=kernel_init, bias_init=bias_init, precision=precision,
         parent=scope,
@@ -122,7 +122,7 @@ def conv_transpose(
     return layer(inputs)
 
 
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Embedding:
     """A table of vectors [num_embeddings, features]."""
 

@@ -12,7 +12,7 @@ import enum
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from distaff.frontend import core, errors
 from distaff.frontend.configurations import config
@@ -23,11 +23,20 @@ from distaff.frontend.core.scope import Scope
 from distaff.frontend.ids import FlaxId, uuid
 from distaff.frontend.linen import class_transform
 from distaff.frontend.linen.attributes import PLAIN_TYPES, attribute_text, map_modules
+from distaff.frontend.linen.class_transform import compact as compact
+from distaff.frontend.linen.class_transform import compact_name_scope as compact_name_scope
+from distaff.frontend.linen.class_transform import nowrap as nowrap
 from distaff.frontend.linen.context import CaptureFilter, context
+from distaff.frontend.linen.context import InterceptorContext as InterceptorContext
+from distaff.frontend.linen.context import disable_named_call as disable_named_call
+from distaff.frontend.linen.context import enable_named_call as enable_named_call
+from distaff.frontend.linen.context import intercept_methods as intercept_methods
+from distaff.frontend.linen.context import override_named_call as override_named_call
+from distaff.frontend.linen.fields import merge_param as merge_param
 from distaff.frontend.linen.functional import ALL_BUT_INTERMEDIATES, apply, init_with_output
+from distaff.frontend.linen.functional import init as init
 from distaff.frontend.linen.module_base import ModuleBase, ModuleState, SetupState
-
-T = TypeVar("T")
+from distaff.frontend.linen.sharing import share_scope as share_scope
 
 
 class _Unspecified(enum.Enum):
@@ -476,14 +485,3 @@ def _check_module(module: Any) -> None:
         raise errors.InvalidInstanceModuleError()
     if "_state" not in module.__dict__:
         raise errors.IncorrectPostInitOverrideError()
-
-
-def merge_param(name: str, a: T | None, b: T | None) -> T:
-    """The one of a constructor argument and a call argument that is given; ValueError if both or neither are."""
-    if a is None and b is None:
-        raise ValueError(f'Parameter "{name}" must be passed to the constructor or at call time.')
-    if a is not None and b is not None:
-        raise ValueError(
-            f'Parameter "{name}" was passed to the constructor and at call time. Should be passed just once.'
-        )
-    return a if a is not None else b  # type: ignore[return-value]
