@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from distaff.frontend import struct
 from distaff.frontend.core.scope import Scope
+from distaff.frontend.layers.fields import Axes, Initializer
 from distaff.frontend.linen import activation as activation
 from distaff.frontend.linen import convolution, initializers, linear, normalization
 from distaff.frontend.linen.activation import celu as celu
@@ -31,7 +32,6 @@ from distaff.frontend.linen.activation import softmax as softmax
 from distaff.frontend.linen.activation import softplus as softplus
 from distaff.frontend.linen.activation import swish as swish
 from distaff.frontend.linen.activation import tanh as tanh
-from distaff.frontend.linen.fields import Axes, Initializer
 from distaff.frontend.linen.pooling import avg_pool as avg_pool
 from distaff.frontend.linen.pooling import max_pool as max_pool
 from distaff.frontend.linen.stochastic import Dropout

@@ -21,6 +21,7 @@ from distaff.frontend.core.functional import lazy_variables
 from distaff.frontend.core.rng import LazyRng, PRNGKey, is_valid_rng
 from distaff.frontend.core.scope import Scope
 from distaff.frontend.ids import FlaxId, uuid
+from distaff.frontend.layers.fields import merge_param as merge_param
 from distaff.frontend.linen import class_transform
 from distaff.frontend.linen.attributes import PLAIN_TYPES, attribute_text, map_modules
 from distaff.frontend.linen.class_transform import compact as compact
@@ -32,7 +33,6 @@ from distaff.frontend.linen.context import disable_named_call as disable_named_c
 from distaff.frontend.linen.context import enable_named_call as enable_named_call
 from distaff.frontend.linen.context import intercept_methods as intercept_methods
 from distaff.frontend.linen.context import override_named_call as override_named_call
-from distaff.frontend.linen.fields import merge_param as merge_param
 from distaff.frontend.linen.functional import ALL_BUT_INTERMEDIATES, apply, init_with_output
 from distaff.frontend.linen.functional import init as init
 from distaff.frontend.linen.module_base import ModuleBase, ModuleState, SetupState
