@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -104,6 +104,11 @@ def from_state_dict(target: Any, state: Any, name: str = ".") -> Any:
         return handlers[1](target, state)
 
 
+def _listed(names: Iterable[str]) -> str:
+    """Names as a set is written, in order."""
+    return f"{{{', '.join(map(repr, sorted(names)))}}}"
+
+
 def fields_to_state_dict(target: Any, names: Sequence[str]) -> dict[str, Any]:
     """The state of an object's attributes ``names``."""
     return {name: to_state_dict(getattr(target, name)) for name in names}
@@ -134,7 +139,7 @@ def dict_from_state(xs: Mapping[Any, Any], state: Mapping[str, Any]) -> dict[Any
     if missing:
         raise ValueError(
             "The target dict keys and state dict keys do not match, target dict contains keys "
-            f"{missing} which are not present in state dict at path {current_path()}"
+            f"{_listed(missing)} which are not present in state dict at path {current_path()}"
         )
     return {key: from_state_dict(value, state[str(key)], str(key)) for key, value in xs.items()}
 
@@ -158,7 +163,7 @@ def _named_tuple_from_state(xs: Any, state: Mapping[str, Any]) -> Any:
     if state.keys() != set(xs._fields):
         raise ValueError(
             "The field names of the state dict and the named tuple do not match, got "
-            f"{set(state)} and {set(xs._fields)} at path {current_path()}"
+            f"{_listed(state)} and {_listed(xs._fields)} at path {current_path()}"
         )
     return type(xs)(**fields_from_state_dict(xs, state, xs._fields))
 

@@ -49,12 +49,12 @@ class LazyRng:
 def _path_hash(path: tuple[str | int, ...]) -> int:
     digest = hashlib.sha1(usedforsecurity=False)
     for part in path:
+        if config.flax_fix_rng_separator:
+            digest.update(b"\0")
         if isinstance(part, str):
             digest.update(part.encode())
         else:
             digest.update(part.to_bytes((part.bit_length() + 7) // 8, "big"))
-        if config.flax_fix_rng_separator:
-            digest.update(b"\0")
     return int.from_bytes(digest.digest()[:4], "big")
 
 
