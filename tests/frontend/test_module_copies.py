@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distaff.frontend import ids
 from distaff.frontend import linen as nn
 
 KEY = jax.random.key(0)
@@ -100,3 +101,17 @@ def test_bound_modules_are_freed_without_the_collector():
         assert scope() is None and child() is None
     finally:
         gc.enable()
+
+
+def test_a_deep_copy_shares_nothing_with_its_original(flax_nn):
+    for library in (nn, flax_nn):
+        dense = library.Dense(4)
+        assert set(library.Sequential([dense, dense]).init(KEY, X)["params"]) == {"layers_0"}
+        pair = library.Sequential([dense, copy.deepcopy(dense)])
+        assert set(pair.init(KEY, X)["params"]) == {"layers_0", "layers_1"}
+
+
+def test_ids_differ_in_copies():
+    one, other = ids.uuid(), ids.uuid()
+    assert one == one and len({one, other, copy.copy(one), copy.deepcopy(one)}) == 4
+    assert repr(one) == f"FlaxId({one.id})"

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from distaff.frontend import core, struct
 from distaff.frontend import linen as nn
-from distaff.frontend import struct
 
 KEY = jax.random.key(0)
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4)), jnp.float32)
@@ -193,3 +193,39 @@ def test_plain_callables_in_a_class_body_are_no_methods():
             return type(self).activation(self.make()(x))
 
     assert Model().init_with_output(KEY, X)[0].min() >= 0
+
+
+def test_shared_modules_take_the_first_name_in_alphabetical_order(flax_nn):
+    trees = []
+    for library in (nn, flax_nn):
+
+        class Sum(library.Module):
+            parts: Any
+
+            @library.compact
+            def __call__(self, x):
+                return sum(part(x) for part in jax.tree.leaves(self.parts, is_leaf=callable))
+
+        shared, other = library.Dense(2), library.Dense(2)
+        parts = {"foo": shared, "bar": [other, shared], "baz": {"b": other, "a": shared}}
+        trees.append(jax.tree.structure(Sum(parts).init(KEY, X)))
+        many = [shared] * 3 + [other] * 8 + [shared]  # names are compared as text: 10 before 2
+        trees.append(jax.tree.structure(Sum(many).init(KEY, X)))
+    assert trees[:2] == trees[2:]
+
+
+def test_submodules_on_the_same_scope_are_adopted():
+    class Outer(nn.Module):
+        inner: nn.Module
+
+    scope = core.Scope({}, {"params": KEY}, mutable=["params"], path=["root"])
+    outer = Outer(MLP(parent=scope), parent=scope)
+    assert outer.path == ("root",) and outer.inner.path == ("root", "inner")
+    assert outer._state.setup_called is nn.module.SetupState.NEW
+
+
+def test_fields_come_before_parent_and_name(flax_nn):
+    for library in (nn, flax_nn):
+        base = type("Base", (library.Module,), {"__annotations__": {"bar": int}})
+        derived = type("Derived", (base,), {"__annotations__": {"baz": int}})
+        assert list(derived.__dataclass_fields__) == ["bar", "baz", "parent", "name"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distaff.frontend import core, errors
+from distaff.frontend import core, errors, serialization, struct
 from distaff.frontend import linen as nn
 
 from .conftest import assert_same_tree
@@ -202,3 +202,81 @@ def test_named_calls_reach_the_program():
     with nn.override_named_call(False):
         lowered = jax.jit(lambda x: model.apply({}, x)).lower(X)
     assert "Model.special" in lowered.as_text(debug_info=True)
+
+
+def test_filters_are_keys_of_split_rngs():
+    module = nn.Module().bind({}, rngs={"noise": jax.random.key(0)})
+
+    def body(module, state):
+        return state[0] + 1, jax.random.normal(module.make_rng("noise"))
+
+    splits = {"params": False, nn.DenyList(("params",)): True}
+    steps, last = nn.while_loop(lambda m, s: s[0] < 3, body, module, (0, jnp.zeros(())), split_rngs=splits)
+    assert steps == 3 and last != 0
+
+
+def test_jit_of_a_method_that_binds_the_module_itself():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(x)
+
+        @nn.jit
+        def init_with_output(self, rngs, *args, **kwargs):
+            return super().init_with_output(rngs, *args, **kwargs)
+
+    output, variables = Model().init_with_output(jax.random.key(0), X)
+    np.testing.assert_allclose(output, Model().apply(variables, X), rtol=1e-6)
+
+
+def test_jit_compares_serializable_fields_by_their_state():
+    class Config:
+        __hash__ = None
+
+        def __init__(self, size):
+            self.size = size
+
+    serialization.register_serialization_state(Config, lambda c: {"size": c.size}, lambda c, s: Config(s["size"]))
+    traced = []
+
+    class Model(nn.Module):
+        config: Config
+
+        @nn.jit
+        @nn.compact
+        def __call__(self, x):
+            traced.append(self.config.size)
+            return x * self.config.size
+
+    for size in (2, 2, 3):
+        assert Model(Config(size)).apply({}, 1.0) == size
+    assert traced == [2, 3]
+
+
+def test_boxes_may_have_no_axis_inside_vmap(flax_nn):
+    """The size of the axis is that of the boxes' own making, as ``remove_axis`` gives it."""
+
+    class Mean(struct.PyTreeNode, core.AxisMetadata):
+        value: Any
+
+        def unbox(self):
+            return self.value
+
+        def replace_boxed(self, val):
+            return self.replace(value=val)
+
+        def add_axis(self, index, params):
+            return self.replace(value=jnp.mean(self.value, axis=index))
+
+        def remove_axis(self, index, params):
+            return self.replace(value=jnp.broadcast_to(self.value, (params["axis_size"],)))
+
+    class Row(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x * self.variable("aux", "v", lambda: Mean(jnp.ones(()))).value
+
+    rows = nn.vmap(Row, variable_axes={"aux": 0}, metadata_params={"axis_size": 2})()
+    output, variables = rows.init_with_output(jax.random.key(0), X)
+    assert variables["aux"]["v"].value.shape == ()
+    np.testing.assert_array_equal(rows.apply(variables, X), output)
