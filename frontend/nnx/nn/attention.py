@@ -143,15 +143,14 @@ def dot_product_attention(
 def _fused(query: Array, key: Array, value: Array, bias: Array | None, mask: Array | None, is_causal: bool) -> Array:
     batch = query.shape[:-3]
 
-    def with_one_batch_axis(x: Array | None) -> Array | None:
+    def with_one_batch_axis(x: Any) -> Any:
         if x is None or len(batch) < 2:
             return x
         return jnp.broadcast_to(x, (*batch, *x.shape[-3:])).reshape(math.prod(batch), *x.shape[-3:])
 
-    arrays: list[Any] = [with_one_batch_axis(x) for x in (query, key, value, bias)]
-    mask = with_one_batch_axis(None if mask is None else mask.astype(bool))
-    out: Array = jax.nn.dot_product_attention(*arrays, mask, is_causal=is_causal)
-    return out.reshape(query.shape)
+    query_, key, value = (with_one_batch_axis(x) for x in (query, key, value))
+    bias, mask = with_one_batch_axis(bias), with_one_batch_axis(None if mask is None else mask.astype(bool))
+    return jax.nn.dot_product_attention(query_, key, value, bias, mask, is_causal=is_causal).reshape(query.shape)
 
 
 class MultiHeadAttention(Module):
