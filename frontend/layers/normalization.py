@@ -94,7 +94,10 @@ def instance_axes(feature_axes: Axes, ndim: int) -> tuple[tuple[int, ...], tuple
     """The axes of ``InstanceNorm``'s statistics and the feature axes; ValueError if the first is among the latter."""
     features = distinct_axes(feature_axes, ndim)
     if 0 in features:
-        raise ValueError(f"The channel axes cannot include the leading dimension, that of the batch: {feature_axes}.")
+        raise ValueError(
+            "The channel axes cannot include the leading dimension as this is assumed to be the batch axis. "
+            f"feature_axes={feature_axes}"
+        )
     return tuple(axis for axis in range(1, ndim) if axis not in features), features
 
 

@@ -144,6 +144,11 @@ from distaff.frontend.nnx.training.optimizer import Optimizer as Optimizer
 from distaff.frontend.nnx.training.optimizer import OptState as OptState
 from distaff.frontend.nnx.training.optimizer import OptVariable as OptVariable
 from distaff.frontend.nnx.training.train_state import TrainState as TrainState
+from distaff.frontend.nnx.transforms.abstract import eval_shape as eval_shape
+from distaff.frontend.nnx.transforms.compilation import StateSharding as StateSharding
+from distaff.frontend.nnx.transforms.compilation import cached_partial as cached_partial
+from distaff.frontend.nnx.transforms.compilation import jit as jit
+from distaff.frontend.nnx.transforms.compilation import jit_partial as jit_partial
 from distaff.frontend.nnx.traversal import find_duplicates as find_duplicates
 from distaff.frontend.nnx.traversal import iter_children as iter_children
 from distaff.frontend.nnx.traversal import iter_graph as iter_graph
