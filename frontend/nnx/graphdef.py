@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from distaff.frontend.nnx import config
 from distaff.frontend.nnx.filters import PathParts
 from distaff.frontend.nnx.pytrees import STATUSES, empty_node
-from distaff.frontend.nnx.state import raw_dict
+from distaff.frontend.nnx.state import State, iter_flat, raw_dict
 from distaff.frontend.nnx.variables import _NO_METADATA, Variable
 
 Node = TypeVar("Node")
@@ -217,13 +217,15 @@ def iter_specs(spec: Spec, path: PathParts = ()) -> Iterator[tuple[PathParts, Sp
             yield from iter_specs(child, (*path, key))
 
 
-def make_container(spec: NodeDef, children: list[Any]) -> Any:
+def make_container(cls: type[Any], keys: Sequence[Any], children: Sequence[Any], treedef: Any) -> Any:
     """A container of these children."""
-    if spec.type is dict:
-        return dict(zip((key for key, _ in spec.attributes), children, strict=True))
-    if spec.metadata is None:
-        return spec.type(children)
-    return spec.metadata.unflatten(children)
+    if treedef is not None:
+        return treedef.unflatten(children)
+    if cls is dict:
+        return dict(zip(keys, children, strict=True))
+    if issubclass(cls, State):
+        return cls(dict(zip(keys, children, strict=True)), _copy=False)
+    return cls(children)
 
 
 class Build:
@@ -266,7 +268,8 @@ class Build:
             return self.objects[spec.number]
         assert isinstance(spec, NodeDef)
         if spec.number is None:
-            return make_container(spec, [self.make(child) for _, child in spec.attributes])
+            keys = [key for key, _ in spec.attributes]
+            return make_container(spec.type, keys, [self.make(child) for _, child in spec.attributes], spec.metadata)
         node = self._existing.get(spec.number)
         if node is None:
             node = empty_node(spec.type, {})
@@ -311,8 +314,6 @@ def leaves_of(graphdef: GraphDef[Any], state: Any) -> list[Any]:
     leaves: list[Any] = []
     if _collect(root, raw_dict(state), leaves):
         return leaves
-    from distaff.frontend.nnx.state import iter_flat
-
     wanted, given = set(graphdef.paths), {path for path, _ in iter_flat(state)}
     missing, extra = ([".".join(map(str, path)) for path in paths] for paths in (wanted - given, given - wanted))
     raise ValueError(
