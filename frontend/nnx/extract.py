@@ -17,6 +17,7 @@ import jax
 from distaff.frontend.nnx.filters import Filter, PathParts, ordered_predicates
 from distaff.frontend.nnx.graphdef import Build, NodeDef, NodeRef, Spec, VariableDef
 from distaff.frontend.nnx.kinds import Kind, kind_of
+from distaff.frontend.nnx.origin import describe_origin
 from distaff.frontend.nnx.state import State
 from distaff.frontend.nnx.structure import ItemCell, Structure, Walk, paths_of, structure_of
 from distaff.frontend.nnx.variables import Variable
@@ -339,9 +340,9 @@ def check_aliases(structure: Structure, prefixes: Sequence[Any]) -> None:
             now = prefix_at(prefix, path, variable)
             if now != before:
                 raise ValueError(
-                    f"Inconsistent aliasing detected: the {spec.type.__name__} at {_dotted(where)} stands at "
-                    f"{_dotted(path)} as well, with the specification {before!r} there and {now!r} here. Give both the "
-                    "same, or pass the variable once."
+                    f"Inconsistent aliasing detected: the {spec.type.__name__} at {_dotted(where)}, made"
+                    f"{describe_origin(variable._origin)}, stands at {_dotted(path)} as well, with the specification "
+                    f"{before!r} there and {now!r} here. Give both the same, or pass the variable once."
                 )
         elif isinstance(spec, NodeDef) and spec.number not in seen:
             inside = seen if spec.number is None else seen | {spec.number}

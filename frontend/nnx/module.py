@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
+from distaff.frontend.nnx.capture import captured_store
 from distaff.frontend.nnx.filters import Filter, PathParts, to_predicate
 from distaff.frontend.nnx.graph import clone
 from distaff.frontend.nnx.pytrees import Pytree, PytreeMeta
@@ -51,7 +52,7 @@ class Module(Pytree):
         cls = _variable_type(variable_type)
         current = self._sown(cls, name)
         if current is None:
-            setattr(self, name, cls(reduce_fn(init_fn(), value)))
+            self._store(name, cls(reduce_fn(init_fn(), value)))
         else:
             current.set_value(reduce_fn(current.get_value(), value))
         return True
@@ -71,11 +72,19 @@ class Module(Pytree):
         current = self._sown(cls, name)
         if current is None:
             current = cls(jnp.zeros_like(value))
-            setattr(self, name, current)
+            self._store(name, current)
         return current.get_value() + value
 
+    def _store(self, name: str, variable: Variable[Any]) -> None:
+        store = captured_store(self)
+        if store is None:
+            setattr(self, name, variable)
+        else:
+            store[name] = variable
+
     def _sown(self, cls: type[Variable[Any]], name: str) -> Variable[Any] | None:
-        current = self.__dict__.get(name)
+        store = captured_store(self)
+        current: Any = self.__dict__.get(name) if store is None else store.get(name)
         if current is None:
             return None
         if not isinstance(current, Variable):
@@ -180,9 +189,9 @@ def with_attributes(
 def view(
     node: A, /, *, only: Filter = ..., raise_if_not_found: bool = True, graph: bool | None = None, **kwargs: Any
 ) -> A:
-    """A copy of an object, which shares the variables, with ``set_view(**kwargs)`` called on its modules.
+    """A copy of an object, which shares the variables, with ``set_view`` called on its modules.
 
-    A module's ``set_view`` takes the settings that it knows by name and returns the others as a dict.
+    Each module's ``set_view`` is given those settings that it has arguments for.
 
     Raises:
         ValueError: no module took one of the settings.
@@ -192,7 +201,11 @@ def view(
     unused = set(kwargs)
     for path, module in list(iter_modules(copied, graph=graph)):
         if hasattr(module, "set_view") and matches(path, module):
-            unused &= set(module.set_view(**kwargs))
+            parameters = inspect.signature(module.set_view).parameters
+            takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+            taken = {name: value for name, value in kwargs.items() if takes_all or name in parameters}
+            module.set_view(**taken)
+            unused -= taken.keys()
     if unused and raise_if_not_found:
         raise ValueError(f"Unused keys found in nnx.view: {sorted(unused)}")
     return copied
