@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, NotRequired, TypeAlias, TypedDict, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,8 +25,24 @@ from distaff.runtime.vllm_arguments import without_neutral
 
 COMPILE_ON_DEMAND = "distaff.compile_on_demand"
 
-# Text, token ids, or {"prompt": text} or {"prompt_token_ids": ids}, each with an optional "cache_salt".
-Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
+
+class TextPrompt(TypedDict):
+    """A prompt of text; prompts with equal ``cache_salt`` share the prefix cache."""
+
+    prompt: str
+    cache_salt: NotRequired[str]
+
+
+class TokensPrompt(TypedDict):
+    """A prompt of token ids; ``prompt`` is their text, where it is known."""
+
+    prompt_token_ids: Sequence[int]
+    prompt: NotRequired[str]
+    cache_salt: NotRequired[str]
+
+
+Prompt: TypeAlias = str | Sequence[int] | TextPrompt | TokensPrompt | Mapping[str, Any]
+_PROMPT_KEYS = frozenset(TextPrompt.__annotations__) | frozenset(TokensPrompt.__annotations__)
 # Names in generation_config.json and the sampling parameters that they set.
 _DEFAULTS = {
     "temperature": "temperature",
@@ -113,14 +129,19 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
         use_tqdm: bool = True,
+        lora_request: None = None,
         priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Completes the prompts; outputs come in their order.
 
         ``sampling_params`` is one for all or one for each prompt (None: the model's defaults); ``use_tqdm`` shows a
-        bar on standard error. Raises, before anything runs, what `Engine.add_request` raises.
+        bar on standard error. Raises, before anything runs, what `Engine.add_request` raises, and `EngineConfigError`
+        for a ``lora_request``.
         """
+        if lora_request is not None:
+            raise EngineConfigError("lora_request is not supported: adapters are not available yet")
         wanted = _as_list(prompts)
         chosen = self.get_default_sampling_params() if sampling_params is None else sampling_params
         params = _one_for_each("sampling_params", chosen, len(wanted))
@@ -149,6 +170,7 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        lora_request: None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -171,7 +193,7 @@ class LLM:
             )
             # The template has put in what special tokens the model wants.
             prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
-        return self.generate(prompts, sampling_params, use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
     def reset_prefix_cache(self) -> bool:
         """Forgets cached prompts; False, and nothing changes, while pages are in use."""
@@ -193,6 +215,10 @@ class LLM:
             prompt = {"prompt": prompt}
         if not isinstance(prompt, Mapping):
             return None, prompt, None
+        if unknown := [key for key, value in prompt.items() if key not in _PROMPT_KEYS and value is not None]:
+            raise PromptError(
+                f"a prompt holds {', '.join(unknown)}, but this model takes only {', '.join(sorted(_PROMPT_KEYS))}"
+            )
         text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         if token_ids is None:
             if not isinstance(text, str):

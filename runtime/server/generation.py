@@ -85,7 +85,7 @@ class Generation:
             text = given if isinstance(given, str) else None
             ids = given if not isinstance(given, str) else await self._prompts.encode(given, request.add_special_tokens)
             prompts.append(self._prompts.fitted(request, ids, text))
-        texts = [self._echoed(prompt) if request.echo else "" for prompt in prompts]
+        texts = [self._echoed(request, prompt) if request.echo else "" for prompt in prompts]
         answer_id = _answer_id("cmpl", http, request)
         answer = CompletionAnswer(request, answer_id, model, self._names(request), self._config, texts)
         return await self._respond(request, prompts, answer_id, answer)
@@ -145,9 +145,11 @@ class Generation:
             self._prompts.tokenizer, self._config.return_tokens_as_token_ids if as_ids is None else as_ids
         )
 
-    def _echoed(self, prompt: Prompt) -> str:
+    def _echoed(self, request: CompletionRequest, prompt: Prompt) -> str:
         if prompt.text is not None:
             return prompt.text
+        if self._prompts.tokenizer is None and request.return_token_ids:
+            return ""  # the prompt goes back as token ids
         return self._prompts.tokenizer_for("echo").decode(prompt.token_ids, skip_special_tokens=False)
 
     async def _tokenize(self, http: Request, body: Any) -> Response:

@@ -16,7 +16,7 @@ from distaff.compiler.artifact import TOKENIZER, ArtifactError
 from distaff.runtime import llm as llm_module
 from distaff.runtime.engine import Engine
 from distaff.runtime.errors import EngineConfigError, PromptError
-from distaff.runtime.llm import LLM
+from distaff.runtime.llm import LLM, TextPrompt, TokensPrompt
 from distaff.runtime.sampling_params import SamplingParams, SamplingParamsError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -46,7 +46,9 @@ def artifact(tmp_path, monkeypatch, executables):
 def test_every_kind_of_prompt_in_order(artifact):
     llm = LLM(artifact)
     ids = llm.get_tokenizer().encode("Hello")
-    outputs = llm.generate(["Hello", ids, {"prompt": "Hello"}, {"prompt_token_ids": ids, "cache_salt": "s"}], GREEDY)
+    outputs = llm.generate(
+        ["Hello", ids, TextPrompt(prompt="Hello"), TokensPrompt(prompt_token_ids=ids, cache_salt="s")], GREEDY
+    )
     expected = plain_generate(ids, 6, ignore_eos=True)
     for output in outputs:
         assert (output.prompt_token_ids, output.outputs[0].token_ids) == (ids, expected)
@@ -91,6 +93,10 @@ def test_refusals_leave_nothing_running(artifact):
         llm.generate(["fine", []], GREEDY)
     with pytest.raises(PromptError, match="prompt_token_ids"):
         llm.generate([{"text": "wrong name"}], GREEDY)
+    with pytest.raises(PromptError, match="multi_modal_data"):
+        llm.generate([TextPrompt(prompt="a"), {"prompt": "a", "multi_modal_data": {"image": 1}}], GREEDY)
+    with pytest.raises(EngineConfigError, match="adapters"):
+        llm.generate(["a"], GREEDY, lora_request="some")
     with pytest.raises(SamplingParamsError):
         llm.generate(["a", "b"], [GREEDY, SamplingParams(logprobs=1000)])
     with pytest.raises(ValueError, match="2 entries for 1 prompts"):

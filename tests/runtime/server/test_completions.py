@@ -252,3 +252,5 @@ def test_without_a_tokenizer_token_ids_still_work():
     assert choice["token_ids"] == [72, 101] and choice["logprobs"]["tokens"] == ["token_id:72", "token_id:101"]
     assert client.error(PATH, {"prompt": "Hi"})["param"] == "prompt"
     assert client.error(PATH, {"prompt": [1], "echo": True})["param"] == "echo"
+    choice = client.completion([5, 6], max_tokens=2, return_token_ids=True, echo=True)["choices"][0]
+    assert (choice["text"], choice["prompt_token_ids"], choice["token_ids"]) == ("", [5, 6], [72, 101])
