@@ -215,16 +215,17 @@ class LLM:
             prompt = {"prompt": prompt}
         if not isinstance(prompt, Mapping):
             return None, prompt, None
-        if unknown := [key for key, value in prompt.items() if key not in _PROMPT_KEYS and value is not None]:
+        given = cast(Mapping[str, Any], prompt)
+        if unknown := [key for key, value in given.items() if key not in _PROMPT_KEYS and value is not None]:
             raise PromptError(
                 f"a prompt holds {', '.join(unknown)}, but this model takes only {', '.join(sorted(_PROMPT_KEYS))}"
             )
-        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        text, token_ids = given.get("prompt"), given.get("prompt_token_ids")
         if token_ids is None:
             if not isinstance(text, str):
                 raise PromptError('a prompt needs "prompt" (text) or "prompt_token_ids"')
             token_ids = self.get_tokenizer().encode(text)
-        return text, token_ids, prompt.get("cache_salt")
+        return text, token_ids, given.get("cache_salt")
 
     def _truncated(self, token_ids: Sequence[int], keep: int) -> Sequence[int]:
         """The last ``keep`` tokens; -1 keeps as many as leave room for one more."""

@@ -136,7 +136,14 @@ def _show_kernels(context: click.Context, _option: click.Parameter, wanted: bool
     context.exit()
 
 
-@click.command(help=_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def _with_dashes(token: str) -> str:
+    return token.replace("_", "-")  # flags may be written with underscores, as vLLM's
+
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "token_normalize_func": _with_dashes}
+
+
+@click.command(help=_HELP, context_settings=_SETTINGS)
 @click.argument("model")
 @click.option("--show-kernels", is_flag=True, is_eager=True, expose_value=False, callback=_show_kernels,
               help="Show which kernel serves which operation on this machine, and exit.")  # fmt: skip
@@ -154,6 +161,8 @@ def _show_kernels(context: click.Context, _option: click.Parameter, wanted: bool
 @click.option("--response-role", default="assistant", show_default=True, help="Role of answers.")
 @click.option("--generation-config", type=click.Choice(["auto", "vllm"]), default="auto", show_default=True,
               help="Sampling defaults: the model's generation_config.json, or neutral ones.")  # fmt: skip
+@click.option("--override-generation-config", type=_JsonObject(), default="{}",
+              help="""Further defaults as JSON; {"max_new_tokens": N} also limits requests.""")  # fmt: skip
 @click.option("--dtype", default="auto", show_default=True, help="Weights, for a model that is compiled.")
 @click.option("-q", "--quantization", help="As compile-model's --quantize, for a model that is compiled.")
 @click.option("--block-size", type=_POSITIVE, help="Tokens in a KV page, for a model that is compiled.")
@@ -304,7 +313,7 @@ def _serve(
     same = (
         "trust_request_chat_template", "return_tokens_as_token_ids", "enable_log_requests", "allowed_origins",
         "allowed_methods", "allowed_headers", "allow_credentials", "root_path", "max_body_bytes", "response_role",
-        "default_chat_template_kwargs", "enable_prompt_tokens_details", "enable_force_include_usage",
+        "default_chat_template_kwargs", "override_generation_config", "enable_prompt_tokens_details", "enable_force_include_usage",
         "enable_request_id_headers", "enable_tokenizer_info_endpoint",
     )  # fmt: skip
     config = ServerConfig(

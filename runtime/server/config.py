@@ -22,7 +22,8 @@ class ServerConfig:
     ``chat_template``: Jinja source that replaces the model's own; ``default_chat_template_kwargs`` are variables for it
     that requests may override.
     ``response_role``: the role of answers that a request does not continue.
-    ``use_generation_config``: take sampling defaults from the model's ``generation_config.json``.
+    ``use_generation_config``: take sampling defaults from the model's ``generation_config.json``;
+    ``override_generation_config`` goes before it, and its ``max_new_tokens`` is also the most that requests may have.
     ``enable_prompt_tokens_details``: tell how many prompt tokens were cached.
     ``enable_force_include_usage``: tell usage in every chunk of every stream.
     ``max_body_bytes``: larger request bodies are refused with 413.
@@ -36,6 +37,7 @@ class ServerConfig:
     default_chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     response_role: str = "assistant"
     use_generation_config: bool = True
+    override_generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     priority_scheduling: bool = False
     return_tokens_as_token_ids: bool = False
     enable_prompt_tokens_details: bool = False

@@ -128,10 +128,10 @@ class Generation:
         return EventStream(answer.chunks(outputs), outputs)
 
     def _model(self, name: str | None) -> str:
-        """The name to answer with; 404 for a model that is not served here. No name stands for the one that is."""
-        if name is not None and name not in self._config.served_model_names:
+        """The name to answer with, the first; 404 for a model that is not served here. No name stands for that one."""
+        if name and name not in self._config.served_model_names:
             raise no_such_model(name)
-        return name or self._config.served_model_names[0]
+        return self._config.served_model_names[0]
 
     def _check(self, request: GenerationRequest) -> str:
         model = self._model(request.model)

@@ -35,7 +35,8 @@ class PromptProcessor:
         except TokenizerError:
             self.tokenizer = None
         recommended = self.tokenizer.generation_config if config.use_generation_config and self.tokenizer else {}
-        self.model_defaults: Mapping[str, Any] = recommended
+        self.model_defaults: Mapping[str, Any] = {**recommended, **config.override_generation_config}
+        self._most_tokens: int | None = config.override_generation_config.get("max_new_tokens")
 
     def tokenizer_for(self, param: str) -> Tokenizer:
         """The model's tokenizer; 400 for the field that needs it if there is none."""
@@ -85,6 +86,8 @@ class PromptProcessor:
             raise _too_long(limit, len(token_ids), wanted)
         if wanted is None:
             wanted = min(limit - len(token_ids), self.model_defaults.get("max_new_tokens") or limit)
+        if self._most_tokens is not None:
+            wanted = min(wanted, self._most_tokens)
         return Prompt(list(token_ids), text, wanted)
 
     def _check_ids(self, token_ids: Sequence[int]) -> None:

@@ -64,7 +64,7 @@ def greedy(prompt, count):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_from_start_to_signal(artifact, number):
-    neutral = ("--enforce-eager", "--disable-log-stats", "--tensor-parallel-size", 1, "--gpu-memory-utilization", 0.9)
+    neutral = ("--enforce_eager", "--disable-log-stats", "--tensor-parallel-size", 1, "--gpu-memory-utilization", 0.9)
     flags = ("--port", 0, "--served-model-name", "small", "--api-key", "k", *neutral)
     with serve_model(artifact, *flags) as (process, url, lines):
         with httpx.Client(base_url=url, headers={"Authorization": "Bearer k"}, timeout=60) as http:

@@ -219,6 +219,14 @@ def test_open_parameters_are_the_models_own_unless_switched_off(client):
     assert seen == [(0.6, 7), (1.0, 0), (1.5, 7)]
 
 
+def test_the_server_overrides_the_models_own(client):
+    client = Client(client.engine, override_generation_config={"temperature": 0.2, "max_new_tokens": 5})
+    client.completion("Hi")
+    client.completion("Hi", temperature=1.5, max_tokens=3)
+    seen = [(c.params.temperature, c.params.top_k, c.params.max_tokens) for c in client.engine.calls]
+    assert seen == [(0.2, 7, 5), (1.5, 7, 3)]
+
+
 def test_null_stands_for_the_default(client):
     client.completion("Hi", n=None, max_tokens=None, stop=None, logprobs=None, stream=None, seed=None, suffix=None)
     params = client.engine.calls[0].params
@@ -243,7 +251,8 @@ def test_request_ids(client):
 
 
 def test_other_names_of_the_model(client):
-    assert client.completion("Hi", model="alias")["model"] == "alias"
+    for name in ("alias", "fake", "", None):
+        assert client.completion("Hi", model=name)["model"] == "fake"
 
 
 def test_without_a_tokenizer_token_ids_still_work():
