@@ -1,19 +1,20 @@
 """What the transforms that map, loop and differentiate share: a call's arguments as one flat list of arrays, and back.
 
-``Entry`` is the static half of the arguments and says of each array what the transform's specification says of it.
-Inside the transform ``enter`` makes objects of the arrays; ``leave`` makes a flat list of what they became and of the
-result, with an ``Exit`` that says the same of those arrays. Outside, ``finish`` assigns and returns them.
+``Entry`` holds the arguments, and for each array what the transform's specification says of it. Inside the transform
+``enter`` makes objects of arrays; ``leave`` makes a flat list of what they became and of the result, with an ``Exit``
+that says the same of those arrays. Outside, ``finish`` assigns them.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from distaff.frontend.nnx.extract import Inside, Outside, Plan, Signature, check_aliases, is_object, take
+from distaff.frontend.nnx.extract import Inside, Outside, Plan, check_aliases, is_object, take
 from distaff.frontend.nnx.filters import PathParts
 from distaff.frontend.nnx.origin import Origin, describe_origin
 from distaff.frontend.nnx.structure import Structure, paths_of
@@ -23,27 +24,24 @@ from distaff.frontend.nnx.variables import Variable
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """Which array something is, for errors."""
+    """Which array of an object something is, for errors."""
 
     path: PathParts
     cls: type
     origin: Origin = ()
 
     def __str__(self) -> str:
-        where = ".".join(map(str, self.path)) or "the object itself"
-        made = f", made{describe_origin(self.origin)}" if self.origin else ""
-        return f"the {self.cls.__name__} {where!r}{made}"
-
-
-def _label(path: PathParts, cell: Any) -> Label:
-    if isinstance(cell, Variable):
-        return Label(path, type(cell), cell._origin)
-    return Label(path, type(cell._raw_value))
+        where = f" {'.'.join(map(str, self.path))!r}" if self.path else ""
+        made = f" (made{describe_origin(self.origin)})" if self.origin else ""
+        return f"the {self.cls.__name__}{where}{made}"
 
 
 def _labels(structure: Structure) -> list[Label]:
     paths = [path for spec in structure.specs for path in paths_of(spec)]
-    return [_label(path, cell) for path, cell in zip(paths, structure.cells, strict=True)]
+    return [
+        Label(path, type(cell), cell._origin) if isinstance(cell, Variable) else Label(path, type(cell._raw_value))
+        for path, cell in zip(paths, structure.cells, strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +53,16 @@ class Exit:
         treedef: of the pair of updates and result.
         values: what the specifications say of each array.
         labels: which each is; None for those of the result that are no object's.
-        is_result: for each, whether it is the result's.
+        num_updates: how many of the arrays are updates; the others are the result's.
+        cells: for each of the updates, which of the arguments' cells it is for; None if the structure changed.
     """
 
     plan: Plan
     treedef: Any
     values: list[Any]
     labels: list[Label | None]
-    is_result: list[bool]
+    num_updates: int
+    cells: list[int] | None
 
     def finish(self, outside: Outside, leaves: Sequence[Any]) -> Any:
         """Assign the updates to the objects given; the result, with objects."""
@@ -70,8 +70,13 @@ class Exit:
         return self.plan.finish(outside, updates, out)
 
 
+def _per_array(values: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
+    """Each value as often as the tree of arrays beside it has leaves."""
+    return [value for value, array in zip(values, arrays, strict=True) for _ in jax.tree.leaves(array)]
+
+
 class Entry:
-    """The static half of a call's arguments.
+    """The arguments of a call.
 
     Args:
         transform: its name, for errors.
@@ -81,9 +86,15 @@ class Entry:
         name: of the specifications, for errors.
 
     Attributes:
-        treedef: of the arguments with tuples for objects.
+        outside: the arguments taken apart.
+        leaves, treedef: all their arrays.
         values: what the specifications say of each array.
         cell_values: the same of each variable and array of the objects.
+        labels: which these are.
+
+    Raises:
+        ValueError: a specification has another structure than its argument, or says different things of a variable that
+            stands at two places.
     """
 
     def __init__(
@@ -97,32 +108,29 @@ class Entry:
     ) -> None:
         self.transform = transform
         self.updates = updates
-        self._specifications = tuple([None] * len(trees) if specifications is None else map(by_object, specifications))
-        if len(self._specifications) != len(trees):
-            raise ValueError(
-                f"{name} of nnx.{transform} has {len(self._specifications)} entries, but there are {len(trees)} "
-                "arguments."
-            )
-        if not updates:
+        if specifications is None:
+            specifications = [None] * len(trees)
+        elif not updates:
             check_no_mapping(specifications, name, transform)
-        self._pairs = spread(self._specifications, tuple(trees), name)
-        self._object_values = [value for value, leaf in self._pairs if is_object(leaf)]
+        pairs = spread(tuple(map(by_object, specifications)), tuple(trees), name)
+        self._object_values = [value for value, leaf in pairs if is_object(leaf)]
         self.outside = take(trees, graph)
+        self.signature = self.outside.signature
         structure = self.outside.structure
-        if any(value != self._object_values[0] for value in self._object_values):
-            check_aliases(structure, self._object_values)
+        check_aliases(structure, self._object_values)
         self.cell_values = cell_values(structure, self._object_values)
-        self.leaves, self.treedef = jax.tree.flatten(self.outside.trees)
-        sizes = iter([end - start for start, end in structure.spans])
-        self.values = leaf_values(
-            self._pairs, zip(self.cell_values, structure.values(), strict=True), sizes
-        )
         self.labels = _labels(structure)
+        self.leaves, self.treedef = jax.tree.flatten(self.outside.trees)
+        sizes = [end - start for start, end in structure.spans]
+        arrays = structure.values()
+        self.values = leaf_values(pairs, self.cell_values, arrays, sizes)
+        self.leaf_labels = leaf_values([(None, leaf) for _, leaf in pairs], self.labels, arrays, sizes)
 
-    @property
-    def signature(self) -> Signature:
-        """The signature of the arguments."""
-        return self.outside.signature
+    def without_arrays(self) -> Entry:
+        """The static half alone, to be kept."""
+        static = copy.copy(self)
+        del static.outside, static.leaves
+        return static
 
     def enter(self, leaves: Sequence[Any]) -> Inside:
         """Objects of the arrays, inside the transform."""
@@ -134,7 +142,8 @@ class Entry:
         out: Any,
         specification: Any = None,
         name: str = "out_axes",
-        complete: Callable[[int], bool] = lambda tree: False,
+        complete: frozenset[int] = frozenset(),
+        prepare: Callable[[Any, Any], None] | None = None,
     ) -> tuple[list[Any], Exit]:
         """What became of the objects, and the result, as arrays.
 
@@ -142,10 +151,9 @@ class Entry:
             out: the result.
             specification: of the result, as ``out_axes``.
             name: of it, for errors.
-            complete: whether all arrays of an argument, by its number, are to be among the updates, changed or not.
+            complete: of which arguments (by number) all arrays are to be among the updates, changed or not.
+            prepare: called with each variable or array of objects, and what the specification says of it, before.
         """
-        updates, pure, plan = inside.leave(out, self.updates, complete)
-        leaves, treedef = jax.tree.flatten((updates, pure))
         if not self.updates:
             check_no_mapping(specification, name, self.transform)
         pairs = spread(by_object(specification), out, name)
@@ -155,26 +163,26 @@ class Entry:
         values = [*self._object_values[: len(given)], *(value for value, leaf in pairs if is_object(leaf))]
         check_aliases(structure, values)
         of_cells, labels = cell_values(structure, values), _labels(structure)
+        if prepare is not None:
+            if not self.updates:
+                for cell, value in zip(inside.cells, self.cell_values, strict=True):
+                    prepare(cell, value)
+            for cell, value in zip(structure.cells, of_cells, strict=True):
+                prepare(cell, value)
+        updates, pure, static = inside.leave(out, structure_updates=self.updates, complete=complete)
+        plan: Plan = static.plan
+        leaves, treedef = jax.tree.flatten((updates, pure))
         first = structure.spans[len(given)][0] if returned else len(structure.cells)
-        if plan.structure is None:
-            of_updates = [(self.cell_values[i], self.labels[i]) for i in plan.changed]
-        else:
-            of_updates = list(zip(of_cells[:first], labels[:first], strict=True))
-        sizes = [end - start for start, end in structure.spans[len(given) :]]
-        arrays = structure.values()[first:]
-        all_values: list[Any] = []
-        all_labels: list[Label | None] = []
-        for (value, label), array in zip(of_updates, updates, strict=True):
-            number = len(jax.tree.leaves(array))
-            all_values += [value] * number
-            all_labels += [label] * number
+        cells = None if plan.known is not None else list(plan.changed)
+        of_updates = of_cells[:first] if cells is None else [self.cell_values[i] for i in cells]
+        of_labels = labels[:first] if cells is None else [self.labels[i] for i in cells]
+        arrays, sizes = structure.values()[first:], [end - start for start, end in structure.spans[len(given) :]]
+        all_values = _per_array(of_updates, updates)
+        all_labels: list[Any] = _per_array(of_labels, updates)
         number = len(all_values)
-        all_values += leaf_values(pairs, zip(of_cells[first:], arrays, strict=True), iter(sizes))
-        all_labels += leaf_values(
-            [(None, leaf) for _, leaf in pairs], zip(labels[first:], arrays, strict=True), iter(sizes)
-        )
-        is_result = [i >= number for i in range(len(leaves))]
-        return leaves, Exit(plan, treedef, all_values, all_labels, is_result)
+        all_values += leaf_values(pairs, of_cells[first:], arrays, sizes)
+        all_labels += leaf_values([(None, leaf) for _, leaf in pairs], labels[first:], arrays, sizes)
+        return leaves, Exit(plan, treedef, all_values, all_labels, number, cells)
 
     def finish(self, exit: Exit, leaves: Sequence[Any]) -> Any:
         """Assign the updates to the objects given; the result, with objects."""

@@ -7,6 +7,7 @@ object of the same structure with values for arrays, as ``nnx.prefix`` makes it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -190,20 +191,23 @@ def _first_match(rules: Sequence[tuple[Any, Any]], path: PathParts, x: Any, mapp
     return mapping.map_prefix(path, x)  # whose error says so
 
 
-def leaf_values(pairs: Iterable[tuple[Any, Any]], of_cells: Iterable[tuple[Any, Any]], sizes: Iterator[int]) -> list[Any]:
-    """What a specification says of each leaf of the arrays that ``pairs`` (of ``spread``) become.
+def leaf_values(
+    pairs: Iterable[tuple[Any, Any]], of_cells: Iterable[Any], arrays: Iterable[Any], sizes: Iterable[int]
+) -> list[Any]:
+    """What a specification says of each array of a tree.
 
     Args:
-        of_cells: the value and the array of each cell, in order.
+        pairs: what ``spread`` gave for the tree.
+        of_cells: what the specification says of each cell of the objects in it.
+        arrays: the value of each cell, which may be a tree of arrays.
         sizes: how many cells each object has.
     """
-    cells = iter(of_cells)
+    cells, sizes = zip(of_cells, arrays, strict=True), iter(sizes)
     found: list[Any] = []
     for value, leaf in pairs:
         if not is_object(leaf):
             found.append(value)
             continue
-        for _ in range(next(sizes)):
-            of_cell, array = next(cells)
+        for of_cell, array in itertools.islice(cells, next(sizes)):
             found += [of_cell] * len(jax.tree.leaves(array))
     return found
