@@ -19,6 +19,7 @@ _STDLIB = sysconfig.get_paths()["stdlib"] + "/"
 
 
 def is_user_code(filename: str) -> bool:
+    """Whether a file is neither ours nor JAX's nor Python's own."""
     if filename.startswith(_OWN) or "/jax/" in filename or filename == "<string>" or filename.startswith("<frozen"):
         return False
     return not filename.startswith(_STDLIB) or "-packages/" in filename

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -53,11 +53,12 @@ def fingerprint(x: Any) -> Any:
     if dataclasses.is_dataclass(x) and not isinstance(x, type) and not _has_identity_hash(type(x)):
         fields = (getattr(x, field.name, None) for field in dataclasses.fields(x))
         return type(x), *map(fingerprint, fields)
+    if _has_identity_hash(type(x)):
+        return x
     try:
-        hash(x)
+        return type(x), hash(x), x
     except TypeError:
         return _ByIdentity(x)
-    return x
 
 
 def _has_identity_hash(cls: type[Any]) -> bool:
@@ -237,16 +238,21 @@ class Build:
 
     def __init__(
         self,
-        leaves: Iterator[Any],
+        leaves: Iterable[Any] = (),
         copy: bool = False,
         recreate: bool = True,
         existing: Mapping[int, Any] | None = None,
     ) -> None:
-        self._leaves = leaves
+        self._leaves = iter(leaves)
         self._copy = copy
         self._recreate = recreate
         self._existing = existing or {}
         self.objects: dict[int, Any] = {}
+
+    def make_with(self, spec: Spec, leaves: Iterable[Any]) -> Any:
+        """The object of another definition with the same numbering, and with leaves of its own."""
+        self._leaves = iter(leaves)
+        return self.make(spec)
 
     def make(self, spec: Spec) -> Any:
         """The object of a definition."""
@@ -280,9 +286,9 @@ class Build:
         existing = self._existing.get(spec.number)
         if existing is not None:
             variable = existing
-            existing.write(value._raw_value if isinstance(value, Variable) else value)
-            metadata = value._var_metadata if isinstance(value, Variable) else spec.metadata.value
-            object.__setattr__(existing, "_var_metadata", metadata)
+            if value is not None:  # as for mutable arrays, which changed in place
+                existing.write(value)
+            object.__setattr__(existing, "_var_metadata", spec.metadata.value)
         elif not isinstance(value, Variable):
             variable = spec.type.from_metadata(value, spec.metadata.value or _NO_METADATA)
         elif self._copy or (self._recreate and not value._can_update):

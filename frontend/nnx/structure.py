@@ -99,10 +99,19 @@ class Walk:
         self._index: dict[int, int] = {}
         self._open: set[int] = set()  # nodes that the walk is inside of
         self.objects: list[Any] = []
+        self.specs: list[Spec] = []
         self.cells: list[Cell] = []
         self.dicts: list[dict[str, Any]] = []
         self.containers: list[tuple[Any, list[Any], Any]] = []
         self.changeable: list[Constant] = []
+
+    def visit_all(self, roots: Iterable[Any]) -> list[tuple[int, int]]:
+        """Visit roots; gives of each which of the ``cells`` are its own."""
+        ends = [len(self.cells)]
+        for root in roots:
+            self.specs.append(self.visit(root, as_data=True))
+            ends.append(len(self.cells))
+        return list(pairwise(ends))
 
     def visit(self, x: Any, as_data: bool = False) -> Spec:
         """The definition of a value; with ``as_data`` it is a leaf if it is nothing else."""
@@ -205,13 +214,9 @@ class Structure:
 
     def __init__(self, roots: Sequence[Any], graph: bool) -> None:
         walk = Walk(graph)
-        specs, ends = [], [0]
-        for root in roots:
-            specs.append(walk.visit(root, as_data=True))
-            ends.append(len(walk.cells))
-        self.specs: tuple[Spec, ...] = tuple(specs)
+        self.spans = walk.visit_all(roots)
+        self.specs: tuple[Spec, ...] = tuple(walk.specs)
         self.cells = walk.cells
-        self.spans = list(pairwise(ends))
         self.graph = graph
         self._graphdef: GraphDef[Any] | None = None
         self.kept: dict[Any, Any] = {}  # what functions derived from this structure
@@ -237,8 +242,8 @@ class Structure:
         """The raw values of the cells."""
         return [cell._raw_value for cell in self.cells]
 
-    def keep_roots(self, roots: Iterable[Any], on_death: Callable[[Any], Any]) -> None:
-        """Remember which objects the roots are, without keeping them alive."""
+    def forget_with(self, roots: Iterable[Any], on_death: Callable[[Any], Any]) -> None:
+        """Call ``on_death`` when one of the roots is gone; another object may have its ``id`` then."""
         self._roots = tuple(weakref.ref(root, on_death) for root in roots)
 
     def _current_values(self) -> list[Any]:
@@ -286,28 +291,31 @@ def _same_content(container: Any, children: list[Any], treedef: Any) -> bool:
 def structure_of(roots: Sequence[Any], graph: bool = True) -> Structure:
     """The structure of some roots with a joint numbering: the kept one if it still holds, or by a walk.
 
-    It is kept on the first root, if that is a node.
+    It is kept on the first root that is a node; the others it does not keep alive.
     """
-    holder = roots[0] if roots else None
-    if not isinstance(holder, Pytree):
+    holder = next((root for root in roots if isinstance(root, Pytree)), None)
+    if holder is None:
         return Structure(roots, graph)
     kept: dict[Any, Structure] | None = getattr(holder, "_pytree__structures", None)
     if kept is None:
         kept = {}
-        object.__setattr__(holder, "_pytree__structures", kept)
+        _set_structures(holder, kept)
     key = (graph, *map(id, roots))
     found = kept.get(key)
     if found is not None and found.is_current():
         return found
     made = Structure(roots, graph)
-    others = roots[1:]
+    others = [root for root in roots if root is not holder]
     if all(isinstance(root, Pytree | Variable) for root in others):
-        made.keep_roots(others, lambda _: kept.pop(key, None))
+        made.forget_with(others, lambda _: kept.pop(key, None))
         kept.pop(key, None)
         while len(kept) >= _MAX_KEPT:
             kept.pop(next(iter(kept)))
         kept[key] = made
     return made
+
+
+_set_structures = Pytree.__dict__["_pytree__structures"].__set__
 
 
 def paths_of(spec: Spec) -> list[PathParts]:
