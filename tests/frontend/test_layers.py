@@ -105,7 +105,7 @@ def test_embed(same_as_flax, rows, shape, dtype, param_dtype):
 
 
 def test_embed_refuses_floats():
-    with pytest.raises(ValueError, match="looks up integers"):
+    with pytest.raises(ValueError, match="must be an integer"):
         nn.Embed(3, 4).init(jax.random.key(0), array((2,)))
 
 

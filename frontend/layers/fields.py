@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from distaff.frontend.linen.dtypes import Array
+from distaff.frontend.layers.dtypes import Array
 
 Initializer: TypeAlias = Callable[..., Any]
 # lax.Precision, its name, a pair of either, or None for the default.
 PrecisionLike: TypeAlias = Any
 DotGeneral: TypeAlias = Callable[..., Array]
-# (*arrays or None, dtype=...) -> the arrays, of one dtype.
-PromoteDtype: TypeAlias = Callable[..., list[Any]]
+# (arrays or None, dtype=...) -> the arrays, of one dtype.
+PromoteDtype: TypeAlias = Callable[..., Sequence[Any]]
 Axes: TypeAlias = int | Sequence[int]
 
 
 def as_tuple(sizes: int | Sequence[int]) -> tuple[int, ...]:
     """One or several integers as a tuple."""
     return (sizes,) if isinstance(sizes, int) else tuple(sizes)
+
+
+def per_axis(value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
+    """One number for each of ``rank`` axes; None stands for 1."""
+    return (1 if value is None else value,) * rank if value is None or isinstance(value, int) else tuple(value)
 
 
 def axes_from_front(axes: Axes, ndim: int) -> tuple[int, ...]:
