@@ -93,10 +93,14 @@ from distaff.frontend.nnx.training.optimizer import OptState as OptState
 from distaff.frontend.nnx.training.optimizer import OptVariable as OptVariable
 from distaff.frontend.nnx.training.train_state import TrainState as TrainState
 from distaff.frontend.nnx.transforms.abstract import eval_shape as eval_shape
+from distaff.frontend.nnx.transforms.carry import Carry as Carry
 from distaff.frontend.nnx.transforms.compilation import StateSharding as StateSharding
 from distaff.frontend.nnx.transforms.compilation import cached_partial as cached_partial
 from distaff.frontend.nnx.transforms.compilation import jit as jit
 from distaff.frontend.nnx.transforms.compilation import jit_partial as jit_partial
+from distaff.frontend.nnx.transforms.loops import fori_loop as fori_loop
+from distaff.frontend.nnx.transforms.loops import scan as scan
+from distaff.frontend.nnx.transforms.loops import while_loop as while_loop
 from distaff.frontend.nnx.transforms.mapping import pmap as pmap
 from distaff.frontend.nnx.transforms.mapping import transform_metadata as transform_metadata
 from distaff.frontend.nnx.transforms.mapping import vmap as vmap

@@ -441,6 +441,11 @@ class Inside:
         plan = Plan(taken.layout, out_specs, out_leaves, tuple(changed), leaves, whole, metadata, specs, known)
         return updates, pure_out, Static(plan)
 
+    def assigned(self) -> list[int]:
+        """Which of the cells hold another value than they came with."""
+        pairs = zip(self.cells, self._values, strict=True)
+        return [i for i, (cell, before) in enumerate(pairs) if cell._raw_value is not before]
+
     def _changed(self, arrays_too: bool, complete: frozenset[int]) -> list[int]:
         spans, owners = self.signature.leaves.spans, self.signature.owners
         kept = {

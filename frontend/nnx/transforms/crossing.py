@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -121,10 +121,33 @@ class Entry:
         self.cell_values = cell_values(structure, self._object_values)
         self.labels = _labels(structure)
         self.leaves, self.treedef = jax.tree.flatten(self.outside.trees)
-        sizes = [end - start for start, end in structure.spans]
-        arrays = structure.values()
-        self.values = leaf_values(pairs, self.cell_values, arrays, sizes)
-        self.leaf_labels = leaf_values([(None, leaf) for _, leaf in pairs], self.labels, arrays, sizes)
+        self._pairs = [(value, is_object(leaf)) for value, leaf in pairs]
+        self._set_leaf_values()
+
+    def _set_leaf_values(self) -> None:
+        structure = self.outside.structure
+        sizes, arrays = [end - start for start, end in structure.spans], structure.values()
+        self.values = leaf_values(self._pairs, self.cell_values, arrays, sizes)
+        self.leaf_labels = leaf_values([(None, of_object) for _, of_object in self._pairs], self.labels, arrays, sizes)
+
+    def set_cell_values(self, changes: Mapping[int, Any]) -> None:
+        """Have the specification say other things of some cells."""
+        self.cell_values = [changes.get(i, value) for i, value in enumerate(self.cell_values)]
+        self._set_leaf_values()
+
+    def of_cells(self, objects: Sequence[Any]) -> list[tuple[Any, Any, Label]]:
+        """The variables and arrays that the arguments' objects have now, what the specifications say of them, labels."""
+        now = Structure(objects, True)
+        return list(zip(now.cells, cell_values(now, self._object_values), _labels(now), strict=True))
+
+    def assign(self, leaves: Sequence[Any], cells: Iterable[int]) -> list[Any]:
+        """Assign arrays of the arguments' structure to some cells of the objects; the arguments with the arrays."""
+        own, packed = self.signature.split_trees(self.treedef.unflatten(leaves))
+        values = self.signature.leaves.unpack(packed)
+        for i in cells:
+            cell: Any = self.outside.structure.cells[i]
+            cell.write(values[i])
+        return self.signature.join_trees(own, self.outside.objects)
 
     def without_arrays(self) -> Entry:
         """The static half alone, to be kept."""
@@ -180,8 +203,8 @@ class Entry:
         all_values = _per_array(of_updates, updates)
         all_labels: list[Any] = _per_array(of_labels, updates)
         number = len(all_values)
-        all_values += leaf_values(pairs, of_cells[first:], arrays, sizes)
-        all_labels += leaf_values([(None, leaf) for _, leaf in pairs], labels[first:], arrays, sizes)
+        all_values += leaf_values([(v, is_object(leaf)) for v, leaf in pairs], of_cells[first:], arrays, sizes)
+        all_labels += leaf_values([(None, is_object(leaf)) for _, leaf in pairs], labels[first:], arrays, sizes)
         return leaves, Exit(plan, treedef, all_values, all_labels, number, cells)
 
     def finish(self, exit: Exit, leaves: Sequence[Any]) -> Any:

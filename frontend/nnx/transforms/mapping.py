@@ -84,11 +84,11 @@ def _check_shared(transform: str, leaves: Sequence[Any], exit: Exit) -> None:
         )
 
 
-def _check_sizes(entry: Entry, axis_size: int | None) -> None:
+def check_sizes(entry: Entry, axis_size: int | None = None) -> None:
     """Refuse arrays of different sizes along their axes."""
     first: tuple[int, str] | None = None if axis_size is None else (axis_size, "axis_size")
     for leaf, axis, label in zip(entry.leaves, entry.values, entry.leaf_labels, strict=True):
-        if axis is None:
+        if not isinstance(axis, int):
             continue
         shape = jnp.shape(leaf)
         what = f"{label or 'an argument'} of shape {shape}"
@@ -179,7 +179,7 @@ def vmap(
     def mapped(*args: Any, **kwargs: Any) -> Any:
         axes = (*per_argument(in_axes, len(args), "in_axes", "vmap"), 0)
         entry = Entry("vmap", (*args, kwargs), follow, updates, axes)
-        _check_sizes(entry, axis_size)
+        check_sizes(entry, axis_size)
         rows = _Rows(f, entry, out_axes, metadata)
         static, groups = jax.vmap(
             rows,
@@ -250,7 +250,7 @@ def pmap(
             axes = tuple(axis for i, axis in enumerate(axes) if i not in fixed)
         axes = (*per_argument(axes, len(dynamic), "in_axes", "pmap"), 0)
         entry = Entry("pmap", (*dynamic, kwargs), follow, updates, axes)
-        _check_sizes(entry, axis_size)
+        check_sizes(entry, axis_size)
         key = (entry.signature, entry.treedef, tuple(entry.values), tuple(fixed.items()))
         if key not in compiled:
 

@@ -192,20 +192,20 @@ def _first_match(rules: Sequence[tuple[Any, Any]], path: PathParts, x: Any, mapp
 
 
 def leaf_values(
-    pairs: Iterable[tuple[Any, Any]], of_cells: Iterable[Any], arrays: Iterable[Any], sizes: Iterable[int]
+    pairs: Iterable[tuple[Any, bool]], of_cells: Iterable[Any], arrays: Iterable[Any], sizes: Iterable[int]
 ) -> list[Any]:
     """What a specification says of each array of a tree.
 
     Args:
-        pairs: what ``spread`` gave for the tree.
+        pairs: what the specification says of each leaf of the tree, and whether that is an object.
         of_cells: what the specification says of each cell of the objects in it.
         arrays: the value of each cell, which may be a tree of arrays.
         sizes: how many cells each object has.
     """
     cells, sizes = zip(of_cells, arrays, strict=True), iter(sizes)
     found: list[Any] = []
-    for value, leaf in pairs:
-        if not is_object(leaf):
+    for value, of_object in pairs:
+        if not of_object:
             found.append(value)
             continue
         for of_cell, array in itertools.islice(cells, next(sizes)):
