@@ -22,6 +22,9 @@ from distaff.frontend.nnx.transforms.prefixes import by_object, cell_values, che
 from distaff.frontend.nnx.variables import Variable
 
 
+_NONE: Any = object()
+
+
 @dataclasses.dataclass(frozen=True)
 class Label:
     """Which array of an object something is, for errors."""
@@ -163,28 +166,31 @@ class Entry:
         self,
         inside: Inside,
         out: Any,
-        specification: Any = None,
+        specification: Any = _NONE,
         name: str = "out_axes",
-        complete: frozenset[int] = frozenset(),
+        also: frozenset[int] = frozenset(),
         prepare: Callable[[Any, Any], None] | None = None,
     ) -> tuple[list[Any], Exit]:
         """What became of the objects, and the result, as arrays.
 
         Args:
             out: the result.
-            specification: of the result, as ``out_axes``.
+            specification: of the result, as ``out_axes``; left out, nothing is said of the arrays that come out.
             name: of it, for errors.
-            complete: of which arguments (by number) all arrays are to be among the updates, changed or not.
+            also: cells whose values are to be among the updates even if they did not change.
             prepare: called with each variable or array of objects, and what the specification says of it, before.
         """
         if not self.updates:
             check_no_mapping(specification, name, self.transform)
-        pairs = spread(by_object(specification), out, name)
+        pairs = spread(None if specification is _NONE else by_object(specification), out, name)
         given = inside.objects if self.updates else []
         returned = [leaf for _, leaf in pairs if is_object(leaf)]
         structure = Structure([*given, *returned], True)
-        values = [*self._object_values[: len(given)], *(value for value, leaf in pairs if is_object(leaf))]
-        check_aliases(structure, values)
+        if specification is _NONE:
+            values: list[Any] = [None] * (len(given) + len(returned))
+        else:
+            values = [*self._object_values[: len(given)], *(value for value, leaf in pairs if is_object(leaf))]
+            check_aliases(structure, values)
         of_cells, labels = cell_values(structure, values), _labels(structure)
         if prepare is not None:
             if not self.updates:
@@ -192,7 +198,7 @@ class Entry:
                     prepare(cell, value)
             for cell, value in zip(structure.cells, of_cells, strict=True):
                 prepare(cell, value)
-        updates, pure, static = inside.leave(out, structure_updates=self.updates, complete=complete)
+        updates, pure, static = inside.leave(out, structure_updates=self.updates, also=also)
         plan: Plan = static.plan
         leaves, treedef = jax.tree.flatten((updates, pure))
         first = structure.spans[len(given)][0] if returned else len(structure.cells)
