@@ -108,6 +108,7 @@ from distaff.frontend.nnx.transforms.control import checkify as checkify
 from distaff.frontend.nnx.transforms.control import cond as cond
 from distaff.frontend.nnx.transforms.control import make_jaxpr as make_jaxpr
 from distaff.frontend.nnx.transforms.control import switch as switch
+from distaff.frontend.nnx.transforms.custom_vjp import custom_vjp as custom_vjp
 from distaff.frontend.nnx.transforms.loops import fori_loop as fori_loop
 from distaff.frontend.nnx.transforms.loops import scan as scan
 from distaff.frontend.nnx.transforms.loops import while_loop as while_loop
