@@ -88,7 +88,7 @@ def main(formats: str, shapes: str, tokens: str, activations: str, repeats: int)
 
 def product_kind(format: str, activations: str) -> str:
     """Which peak rate bounds products of that format."""
-    if format == "xla" or not WeightFormat.parse(format).quantised:
+    if format == "xla" or WeightFormat.parse(format).kind not in ("int8", "int4"):
         return "bf16" if format == "bf16" else "f32"
     return "int8" if activations == "int8" else "f32"
 

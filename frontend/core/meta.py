@@ -165,7 +165,7 @@ class Partitioned(struct.PyTreeNode, AxisMetadata[Any]):
 
     @classmethod
     def from_nnx_metadata(cls, metadata: Mapping[str, Any]) -> Self:
-        """The box of a value (``metadata["value"]``) and the metadata of a variable of NNX; other metadata is dropped."""
+        """The box of a value, ``metadata["value"]``, and the metadata of a variable of NNX; the rest is dropped."""
         names = {field.name: cls._NNX_NAMES.get(field.name, field.name) for field in dataclasses.fields(cls)}
         return cls(**{name: metadata[nnx_name] for name, nnx_name in names.items() if nnx_name in metadata})
 

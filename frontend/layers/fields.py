@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from distaff.frontend.layers.dtypes import Array
 
+T = TypeVar("T")
 Initializer: TypeAlias = Callable[..., Any]
 # lax.Precision, its name, a pair of either, or None for the default.
 PrecisionLike: TypeAlias = Any
@@ -32,3 +33,14 @@ def axes_from_front(axes: Axes, ndim: int) -> tuple[int, ...]:
     if any(not -ndim <= axis < ndim for axis in axes):
         raise ValueError(f"Axes {axes} are out of range for an input with {ndim} axes.")
     return tuple(sorted(axis % ndim for axis in axes))
+
+
+def merge_param(name: str, a: T | None, b: T | None) -> T:
+    """The one of a constructor argument and a call argument that is given; ValueError if both or neither are."""
+    if a is None and b is None:
+        raise ValueError(f'Parameter "{name}" must be passed to the constructor or at call time.')
+    if a is not None and b is not None:
+        raise ValueError(
+            f'Parameter "{name}" was passed to the constructor and at call time. Should be passed just once.'
+        )
+    return a if a is not None else b  # type: ignore[return-value]

@@ -68,17 +68,15 @@ def kernel_axes_of_result(equation: str, ndim: int, kernel_shape: Sequence[int])
     """
     operands, result = equation.split("->")
     inputs, kernel = operands.split(",")
-    unnamed = {
-        term: rank - len(term.replace("...", "")) for term, rank in ((inputs, ndim), (kernel, len(kernel_shape)))
-    }
-    most = max(unnamed.values())
+    of_inputs, of_kernel = ndim - len(inputs.replace("...", "")), len(kernel_shape) - len(kernel.replace("...", ""))
+    most = max(of_inputs, of_kernel)  # axes that an ellipsis stands for
 
     def axes(term: str, count: int) -> list[str | int]:
         """The axes of a term: names, and for an ellipsis numbers that align on the right."""
         before, _, after = term.partition("...")
         return [*before, *range(most - count, most), *after]
 
-    sizes = dict(zip(axes(kernel, unnamed[kernel]), kernel_shape, strict=True))
+    sizes = dict(zip(axes(kernel, of_kernel), kernel_shape, strict=True))
     return [sizes.get(axis) for axis in axes(result, most if "..." in result else 0)]
 
 

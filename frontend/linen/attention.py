@@ -302,18 +302,23 @@ def _key_value_inputs(
 ) -> tuple[Array, Array]:
     if inputs_kv is not None:
         if inputs_k is not None or inputs_v is not None:
-            raise ValueError("Give either inputs_kv, or inputs_k and inputs_v, not both.")
-        warnings.warn("inputs_kv is deprecated; pass it as inputs_k.", DeprecationWarning, stacklevel=4)
+            raise ValueError(
+                "If either `inputs_k` or `inputs_v` is not None, `inputs_kv` must be None. Pass inputs_k and inputs_v."
+            )
+        warnings.warn(
+            "The inputs_kv arg will be deprecated soon. Pass it as inputs_k.", DeprecationWarning, stacklevel=4
+        )
         return inputs_kv, inputs_kv
     if inputs_k is None:
         if inputs_v is not None:
-            raise ValueError("Give inputs_k if inputs_v is given; for both the same, give inputs_k alone.")
+            raise ValueError("`inputs_k` cannot be None if `inputs_v` is not None. For both the same, pass inputs_k.")
         inputs_k = inputs_q
     if inputs_v is None:
         return inputs_k, inputs_k
     if inputs_v.shape[-1] == inputs_v.shape[-2]:
         warnings.warn(
-            f"inputs_v has the shape {inputs_v.shape}, which looks like a mask's; a mask is passed as mask=….",
+            f"inputs_v has the shape {inputs_v.shape}, which looks like a mask's. Pass a mask as mask=…: the function "
+            "signature of MultiHeadDotProductAttention's `__call__` method has changed.",
             DeprecationWarning,
             stacklevel=4,
         )
@@ -338,7 +343,7 @@ class SelfAttention(MultiHeadDotProductAttention):
     ) -> Array:
         """Attend from ``inputs_q`` to itself."""
         warnings.warn(
-            "SelfAttention is deprecated; use MultiHeadDotProductAttention, and call it with inputs_q alone.",
+            "SelfAttention will be deprecated soon. Use `MultiHeadDotProductAttention.__call__(inputs_q)` instead.",
             DeprecationWarning,
             stacklevel=2,
         )

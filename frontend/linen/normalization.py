@@ -176,7 +176,10 @@ class InstanceNorm(Module):
         """Normalise ``x``; ValueError if the first axis is among ``feature_axes``."""
         feature_axes = distinct_axes(self.feature_axes, x.ndim)
         if 0 in feature_axes:
-            raise ValueError(f"feature_axes {self.feature_axes} may not include the first axis, that of the batch.")
+            raise ValueError(
+                "The channel axes cannot include the leading dimension as this is assumed to be the batch axis. "
+                f"feature_axes={self.feature_axes}"
+            )
         axes = tuple(axis for axis in range(1, x.ndim) if axis not in feature_axes)
         mean, var = _statistics(self, mask).mean_and_variance(x, axes)
         return _normalize(self, x, mean, var, axes, feature_axes)

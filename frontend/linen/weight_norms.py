@@ -83,7 +83,7 @@ class SpectralNorm(Module):
             return weights
         if weights.ndim > 2 and self.error_on_non_matrix:
             raise ValueError(
-                f"SpectralNorm with error_on_non_matrix=True: {path} has {weights.ndim} axes, shape {weights.shape}."
+                f"Input is {weights.ndim}D but error_on_non_matrix is True: {path} has the shape {weights.shape}."
             )
         stored_u = self.variable(self.collection_name, f"{path}/u", self._first_u, weights.shape[-1])
         stored_sigma = self.variable(self.collection_name, f"{path}/sigma", jnp.ones, (), self.param_dtype)

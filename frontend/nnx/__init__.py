@@ -1,5 +1,6 @@
 """Modules as Python objects: the names and semantics of ``flax.nnx``."""
 
+from distaff.frontend.nnx.capture import capture as capture
 from distaff.frontend.nnx.config import set_graph_mode as set_graph_mode
 from distaff.frontend.nnx.config import set_graph_updates as set_graph_updates
 from distaff.frontend.nnx.config import use_eager_sharding as use_eager_sharding
@@ -8,6 +9,16 @@ from distaff.frontend.nnx.config import var_defaults as var_defaults
 from distaff.frontend.nnx.containers import Dict as Dict
 from distaff.frontend.nnx.containers import List as List
 from distaff.frontend.nnx.containers import Sequential as Sequential
+from distaff.frontend.nnx.contexts import MergeContext as MergeContext
+from distaff.frontend.nnx.contexts import NodeStates as NodeStates
+from distaff.frontend.nnx.contexts import SplitContext as SplitContext
+from distaff.frontend.nnx.contexts import UpdateContext as UpdateContext
+from distaff.frontend.nnx.contexts import current_update_context as current_update_context
+from distaff.frontend.nnx.contexts import from_tree as from_tree
+from distaff.frontend.nnx.contexts import merge_context as merge_context
+from distaff.frontend.nnx.contexts import split_context as split_context
+from distaff.frontend.nnx.contexts import to_tree as to_tree
+from distaff.frontend.nnx.contexts import update_context as update_context
 from distaff.frontend.nnx.filters import All as All
 from distaff.frontend.nnx.filters import Any as Any
 from distaff.frontend.nnx.filters import Everything as Everything
@@ -117,6 +128,7 @@ from distaff.frontend.nnx.transforms.mapping import transform_metadata as transf
 from distaff.frontend.nnx.transforms.mapping import vmap as vmap
 from distaff.frontend.nnx.transforms.prefixes import StateAxes as StateAxes
 from distaff.frontend.nnx.transforms.prefixes import prefix as prefix
+from distaff.frontend.nnx.transforms.shard_map import shard_map as shard_map
 from distaff.frontend.nnx.traversal import find_duplicates as find_duplicates
 from distaff.frontend.nnx.traversal import iter_children as iter_children
 from distaff.frontend.nnx.traversal import iter_graph as iter_graph

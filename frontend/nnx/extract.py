@@ -1,8 +1,8 @@
 """Objects into trees of arrays and back: the one way in which all transforms pass objects through JAX.
 
-``take`` replaces the objects in a function's arguments by tuples of arrays; the rest is a hashable ``Signature``. Inside
+``take`` replaces the objects in a function's arguments by tuples of arrays; the rest is a hashable ``Signature``. In
 the transform, ``Signature.enter`` makes objects of its own of them, the function runs, and ``Inside.leave`` finds what
-became of the objects. Outside, ``Plan.finish`` assigns that to the objects that were given and makes those returned.
+became of the objects. Outside, ``Plan.finish`` assigns that to those that were given and makes those returned.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import jax
 from distaff.frontend.nnx.filters import Filter, PathParts, ordered_predicates
 from distaff.frontend.nnx.graphdef import Build, NodeDef, NodeRef, Spec, VariableDef
 from distaff.frontend.nnx.kinds import Kind, kind_of
+from distaff.frontend.nnx.origin import describe_origin
 from distaff.frontend.nnx.state import State
-from distaff.frontend.nnx.structure import Structure, Walk, paths_of, structure_of
+from distaff.frontend.nnx.structure import ItemCell, Structure, Walk, paths_of, structure_of
 from distaff.frontend.nnx.variables import Variable
 
 
@@ -339,8 +340,9 @@ def check_aliases(structure: Structure, prefixes: Sequence[Any]) -> None:
             now = prefix_at(prefix, path, variable)
             if now != before:
                 raise ValueError(
-                    f"Inconsistent aliasing detected: the {spec.type.__name__} at {_dotted(where)} stands at "
-                    f"{_dotted(path)} as well, with the specification {before!r} there and {now!r} here. Give both the "
+                    f"Inconsistent aliasing detected: the {spec.type.__name__} at {_dotted(where)}, made"
+                    f"{describe_origin(variable._origin)}, stands at {_dotted(path)} as well, with the "
+                    f"specification {before!r} there and {now!r} here. Give both the "
                     "same, or pass the variable once."
                 )
         elif isinstance(spec, NodeDef) and spec.number not in seen:
@@ -410,7 +412,7 @@ class Inside:
             structure_updates: whether changes of structure are passed on, and objects may be returned that were given.
             whole: give the updates as a list of trees like those given, with None for what is no object; otherwise as a
                 list of arrays, of those that changed.
-            complete: of which trees all leaves are among the updates, changed or not (as those must be that are donated).
+            complete: of which trees all leaves are among the updates, changed or not (as of donated ones).
             also: of which cells the values are among the updates, changed or not.
             out_prefix: the specification of the transform for the result.
 
@@ -423,7 +425,11 @@ class Inside:
         walk = Walk()
         spans = walk.visit_all(self.objects)
         specs = tuple(walk.specs)
-        same = specs == self.signature.specs and all(map(operator.is_, walk.objects, self._numbered))
+        same = (
+            specs == self.signature.specs
+            and all(map(operator.is_, walk.objects, self._numbered))
+            and self._items_are_same(walk.cells, whole or bool(complete))
+        )
         known: dict[int, int] | None = None
         if structure_updates and not same:
             numbers = {id(x): i for i, x in enumerate(self._numbered)}
@@ -437,11 +443,18 @@ class Inside:
             self._check_no_alias(out)
             walk = Walk()
         taken, pure_out, out_specs, out_leaves = _take_out(out, walk, out_prefix)
-        values = [_returned(cells[i]._raw_value) for i in changed]
+        values = [_returned(cells[i], structure_updates) for i in changed]
         updates = self.signature.updates_tree(leaves.pack(values)) if whole else values
         metadata = () if structure_updates else self._changed_metadata()
         plan = Plan(taken.layout, out_specs, out_leaves, tuple(changed), leaves, whole, metadata, specs, known)
         return updates, pure_out, Static(plan)
+
+    def _items_are_same(self, cells: Sequence[Any], all_returned: bool) -> bool:
+        """Whether no array in a container was replaced, and none has to be."""
+        return all(
+            not isinstance(cell, ItemCell) or (cell._raw_value is before and not all_returned)
+            for cell, before in zip(cells, self._values, strict=True)
+        )
 
     def assigned(self) -> list[int]:
         """Which of the cells hold another value than they came with."""
@@ -475,16 +488,17 @@ class Inside:
             for cell in walk.cells:
                 if isinstance(cell, Variable) and id(cell) in seen:
                     raise ValueError(
-                        f"Duplicate {type(cell).__name__}: it is returned, and is an argument or returned twice. Without "
-                        "graph updates that is not supported. Return a copy (nnx.clone), or pass graph=True and "
-                        "graph_updates=True to the transform."
+                        f"Duplicate {type(cell).__name__}: it is returned, and was given or is returned twice. "
+                        "Without graph updates that is not supported. Return a copy (nnx.clone), or pass graph=True "
+                        "and graph_updates=True to the transform."
                     )
             seen.update(map(id, walk.cells))
 
 
-def _returned(value: Any) -> Any:
-    """A value as a transform may return it: mutable arrays have changed in place already."""
-    return None if is_ref(value) else value
+def _returned(cell: Any, arrays_too: bool) -> Any:
+    """A value as a transform may return it; None if it is not assigned, as mutable arrays changed in place."""
+    value = cell._raw_value
+    return None if is_ref(value) or not (arrays_too or isinstance(cell, Variable)) else value
 
 
 def is_ref(value: Any) -> bool:
@@ -541,7 +555,8 @@ class Plan(NamedTuple):
                 if value is not None:
                     cells[i].write(value)
             for i, metadata in self.metadata:
-                cells[i].set_metadata(metadata)
+                variable: Any = cells[i]
+                variable.set_metadata(metadata)
             if self.layout is None:
                 return out
         build = Build()

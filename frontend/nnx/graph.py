@@ -92,11 +92,16 @@ def merge(graphdef: Any, /, *states: Any, copy: bool = False, recreate_variables
 
     if isinstance(graphdef, GraphState):
         graphdef, states = graphdef.graphdef, (graphdef, *states)
-    leaves = _in_order(graphdef, [s.state if isinstance(s, GraphState) else s for s in states])
+    leaves = leaves_in_order(graphdef, [s.state if isinstance(s, GraphState) else s for s in states])
     return Build(iter(leaves), copy=copy, recreate=recreate_variables).make(graphdef.root)
 
 
-def _in_order(graphdef: GraphDef[Any], states: list[Any]) -> list[Any]:
+def leaves_in_order(graphdef: GraphDef[Any], states: list[Any]) -> list[Any]:
+    """The leaves of some states in the order of the definition.
+
+    Raises:
+        ValueError: they lack some, or have others.
+    """
     if len(states) == 1:
         given = states[0]
         if isinstance(given, FlatState) and given.paths == graphdef.paths:

@@ -1,4 +1,4 @@
-"""The names of variables' axes: annotations by initialisers, shardings by them, and transforms that add or remove axes."""
+"""The names of variables' axes: given by initialisers, made shardings, and changed by transforms that map."""
 
 from __future__ import annotations
 

@@ -31,13 +31,14 @@ from distaff.frontend.nnx.graphdef import (
 )
 from distaff.frontend.nnx.kinds import Kind, kind_of
 from distaff.frontend.nnx.pytrees import Pytree, sorted_attributes
+from distaff.frontend.nnx.state import State, sorted_keys
 from distaff.frontend.nnx.variables import Variable
 
 _MAX_KEPT = 4  # structures kept on one root: of it alone, and with others as arguments of functions
 
 
 class AttributeCell:
-    """An array that is an attribute of a node. Has of a ``Variable`` what gathering and assigning values needs."""
+    """An array that is an attribute of a node or an item of a dict; read and written as a ``Variable`` is."""
 
     __slots__ = ("attributes", "name")
 
@@ -55,12 +56,16 @@ class AttributeCell:
 
 
 class ItemCell:
-    """An array inside a container, which is not assigned: the container is replaced instead."""
+    """An array inside a list, tuple or the like, which is not assigned: the container is replaced instead."""
 
     __slots__ = ("_raw_value",)
 
     def __init__(self, value: Any) -> None:
         self._raw_value = value
+
+    def write(self, value: Any) -> None:
+        """Refuse: a change here is one of structure."""
+        raise AssertionError("An array inside a container was assigned by itself.")
 
 
 Cell = Variable[Any] | AttributeCell | ItemCell
@@ -74,15 +79,20 @@ def key_of(entry: Any) -> Any:
     return entry
 
 
+def raw_mapping(container: Any) -> dict[Any, Any] | None:
+    """The dict behind a dict or ``State``; None for other containers."""
+    if type(container) is dict:
+        return container
+    return container._mapping if isinstance(container, State) else None
+
+
 def container_items(container: Any) -> tuple[list[tuple[Any, Any]], Any]:
-    """Keys and children of a container, and its treedef if it is not a plain list, tuple or dict."""
+    """Keys and children of a container, and its treedef if it is not a plain list, tuple, dict or ``State``."""
     if type(container) in (list, tuple):
         return list(enumerate(container)), None
-    if type(container) is dict:
-        try:
-            return sorted(container.items(), key=lambda item: (type(item[0]).__name__, item[0])), None
-        except TypeError:
-            return list(container.items()), None
+    mapping = raw_mapping(container)
+    if mapping is not None:
+        return [(key, mapping[key]) for key in sorted_keys(mapping)], None
     pairs, treedef = jax.tree_util.tree_flatten_with_path(container, is_leaf=lambda x: x is not container)
     return [(key_of(path[0]), child) for path, child in pairs], treedef
 
@@ -189,11 +199,21 @@ class Walk:
             raise ValueError(f"A {type(container).__name__} contains itself; use nnx.List or nnx.Dict for that.")
         self._open.add(id(container))
         items, treedef = container_items(container)
-        specs = tuple((key, self.visit(child, as_data=not self._graph)) for key, child in items)
+        mapping = raw_mapping(container)
+        specs = tuple([(key, self._item(mapping, key, child)) for key, child in items])
         self._open.discard(id(container))
-        if type(container) is not tuple:
+        if mapping is not None:
+            self.dicts.append(mapping)
+        elif not isinstance(container, tuple):
             self.containers.append((container, [child for _, child in items], treedef))
         return NodeDef(type(container), None, specs, treedef)
+
+    def _item(self, mapping: dict[Any, Any] | None, key: Any, child: Any) -> Spec:
+        kind = kind_of(child)
+        if mapping is None or not (kind is Kind.DATA or (kind is Kind.STATIC and not self._graph)):
+            return self.visit(child, as_data=not self._graph)
+        self.cells.append(AttributeCell(mapping, key))
+        return LEAF
 
     def _alias_message(self, x: Any) -> str:
         return (

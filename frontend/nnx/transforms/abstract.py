@@ -14,7 +14,7 @@ from distaff.frontend.nnx.graphdef import graph_mode
 def eval_shape(
     f: Callable[..., Any], *args: Any, graph: bool | None = None, graph_updates: bool | None = None, **kwargs: Any
 ) -> Any:
-    """The result of ``f`` with ``jax.ShapeDtypeStruct`` for arrays; nothing is computed, the arguments stay as they are.
+    """The result of ``f`` with ``jax.ShapeDtypeStruct`` for arrays; nothing is computed or assigned.
 
     >>> model = nnx.eval_shape(lambda: Model(rngs=nnx.Rngs(0)))  # no array is made
     """

@@ -60,8 +60,10 @@ class _Differentiated:
                 )
             if isinstance(entry, DiffState) and not updates:
                 raise ValueError(
-                    f"`argnums` of nnx.{transform} cannot contain DiffState when graph=False or graph_updates=False: then "
-                    "the derivative is by all arrays of the argument. Split the object and differentiate by one part, or "
+                    f"`argnums` of nnx.{transform} cannot contain DiffState when graph=False or "
+                    "graph_updates=False: then "
+                    "the derivative is by all arrays of the argument. Split the object and differentiate by one "
+                    "part, or "
                     "pass graph=True and graph_updates=True."
                 )
             self.filters[number % count] = entry.filter if isinstance(entry, DiffState) else Param
@@ -86,7 +88,8 @@ def _check_differentiable(transform: str, entry: Entry, allow_int: bool) -> None
     for leaf, by, label in zip(entry.leaves, entry.values, entry.leaf_labels, strict=True):
         if by and not allow_int and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             raise TypeError(
-                f"nnx.{transform} requires real- or complex-valued inputs (input dtype that is a sub-dtype of np.inexact), "
+                f"nnx.{transform} requires real- or complex-valued inputs (input dtype that is a sub-dtype of "
+                "np.inexact), "
                 f"but {label or 'an argument'} is {jnp.result_type(leaf)}. Differentiate by other variables "
                 "(nnx.DiffState), or pass allow_int=True."
             )
@@ -158,8 +161,10 @@ def grad(
 
     Args:
         f: a function with a scalar result; left out, a decorator is returned.
-        argnums: the arguments to differentiate by. Of modules, with graph updates, that is by their ``nnx.Param``, or by
-            what a ``DiffState`` says, and the gradient is a ``State``. Otherwise it is by all arrays of the argument, and
+        argnums: the arguments to differentiate by. Of modules, with graph updates, that is by their ``nnx.Param``, or
+            by
+            what a ``DiffState`` says, and the gradient is a ``State``. Otherwise it is by all arrays of the argument,
+            and
             the gradient has the argument's type.
         has_aux: ``f`` returns ``(result, auxiliary data)``.
         holomorphic: as for ``jax.grad``.
@@ -304,7 +309,7 @@ def vjp(
     """
     _refuse_reduce_axes(reduce_axes)
     follow = _without_updates("vjp", graph, graph_updates)
-    options = {"has_aux": has_aux, "graph": graph, "graph_updates": graph_updates}
+    options: dict[str, Any] = {"has_aux": has_aux, "graph": graph, "graph_updates": graph_updates}
     if f is _MISSING:
         return functools.partial(vjp, **options)
     if not primals:
@@ -348,23 +353,26 @@ def jvp(
         TypeError: a tangent has another structure than its primal.
     """
     follow = _without_updates("jvp", graph, graph_updates)
-    options = {"has_aux": has_aux, "graph": graph, "graph_updates": graph_updates}
+    options: dict[str, Any] = {"has_aux": has_aux, "graph": graph, "graph_updates": graph_updates}
     if f is _MISSING:
         return functools.partial(jvp, **options)
     if primals is _MISSING:
         return functools.wraps(f)(lambda primals, tangents: jvp(f, primals, tangents, **options))
     check_not_bound(f, "jvp")
     entry = Entry("jvp", primals, follow, False)
+    treedef: Any
     moved, treedef = jax.tree.flatten(take(tangents, follow).trees)
     if treedef != entry.treedef:
         raise TypeError(
-            f"nnx.jvp: primal and tangent arguments must have the same structure; the primals have {entry.treedef}, the "
+            "nnx.jvp: primal and tangent arguments must have the same structure; the primals have "
+            f"{entry.treedef}, the "
             f"tangents {treedef}."
         )
     linearized = _Linearized("jvp", f, entry, has_aux)
     result, tangent, others = jax.jvp(linearized, (entry.leaves,), (moved,), has_aux=True)
     out, aux = entry.finish(linearized.exit, linearized.join(result, others))
-    moved_out = jax.tree.structure(out).unflatten(tangent)
+    of_out: Any = jax.tree.structure(out)
+    moved_out = of_out.unflatten(tangent)
     return (out, moved_out, aux) if has_aux else (out, moved_out)
 
 

@@ -31,6 +31,7 @@ def check_same_objects(transform: str, given: Any, returned: Any) -> None:
         TypeError: its structure is another.
         ValueError: it has other objects.
     """
+    treedef: Any
     before, treedef = jax.tree.flatten(given, is_leaf=is_object)
     after, other = jax.tree.flatten(returned, is_leaf=is_object)
     if treedef != other:
@@ -42,14 +43,13 @@ def check_same_objects(transform: str, given: Any, returned: Any) -> None:
         if (is_object(old) or is_object(new)) and old is not new:
             raise ValueError(
                 f"nnx.{transform}: the objects in the carry must be the same from iteration to iteration, but a "
-                f"{type(old).__name__} came in and another {type(new).__name__} went out. Change the variables of the one "
+                f"{type(old).__name__} came in and another {type(new).__name__} went out. Change the variables of "
+                "the one "
                 "that comes in, for instance with nnx.update, and return it."
             )
 
 
-def check_same_structure(
-    entry: Entry, inside: Inside, carried: Callable[[Any], bool] = lambda value: True
-) -> None:
+def check_same_structure(entry: Entry, inside: Inside, carried: Callable[[Any], bool] = lambda value: True) -> None:
     """Refuse changes of the structure of objects that are carried.
 
     Args:
@@ -67,12 +67,15 @@ def check_same_structure(
         changes = [f"added {', '.join(added)}"] * bool(added) + [f"removed {', '.join(removed)}"] * bool(removed)
         raise TypeError(
             f"nnx.{entry.transform}: the structure of what is carried must stay as it is, but the function "
-            f"{' and '.join(changes)}. Make such variables before the loop; values for each iteration can be returned instead."
+            f"{' and '.join(changes)}. Make such variables before the loop; values for each iteration can be "
+            "returned instead."
         )
 
 
 def _identity(cell: Any) -> Any:
-    return id(cell) if isinstance(cell, Variable) else (id(getattr(cell, "attributes", None)), getattr(cell, "name", None))
+    if isinstance(cell, Variable):
+        return id(cell)
+    return id(getattr(cell, "attributes", None)), getattr(cell, "name", None)
 
 
 def check_same_types(entry: Entry, before: Sequence[Any], after: Sequence[Any], labels: Sequence[Any]) -> None:

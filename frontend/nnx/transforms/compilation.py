@@ -118,7 +118,7 @@ class JitWrapped:
             return self._traced(signature, *args, **kwargs)
 
         traced.__name__ = getattr(fun, "__name__", type(fun).__name__)
-        self._jitted = jax.jit(
+        self._jitted: Any = jax.jit(
             traced,
             static_argnums=(0, *(n + 1 for n in sorted(static.positions))),
             static_argnames=tuple(sorted(static.names)),

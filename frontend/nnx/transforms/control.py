@@ -41,10 +41,11 @@ class _Branches:
         first = self.exits[0].plan
         for branch, exit in zip(self._branches[1:], self.exits[1:], strict=True):
             plan = exit.plan
-            if (plan.known is None) != (first.known is None) or plan.specs != first.specs and plan.known is not None:
+            if (plan.known is None) != (first.known is None) or (plan.specs != first.specs and plan.known is not None):
                 raise TypeError(
                     f"nnx.{self._transform}: branches must change the structure of their operands alike, but "
-                    f"{_name(self._branches[0])} and {_name(branch)} don't. Make variables and set attributes before the "
+                    f"{_name(self._branches[0])} and {_name(branch)} don't. Make variables and set attributes "
+                    "before the "
                     "branches."
                 )
             if (plan.layout, plan.out_specs) != (first.layout, first.out_specs):

@@ -21,7 +21,6 @@ from distaff.frontend.nnx.structure import Structure, paths_of
 from distaff.frontend.nnx.transforms.prefixes import by_object, cell_values, check_no_mapping, leaf_values, spread
 from distaff.frontend.nnx.variables import Variable
 
-
 _NONE: Any = object()
 
 
@@ -123,6 +122,7 @@ class Entry:
         check_aliases(structure, self._object_values)
         self.cell_values = cell_values(structure, self._object_values)
         self.labels = _labels(structure)
+        self.treedef: Any
         self.leaves, self.treedef = jax.tree.flatten(self.outside.trees)
         self._pairs = [(value, is_object(leaf)) for value, leaf in pairs]
         self._set_leaf_values()
@@ -139,7 +139,7 @@ class Entry:
         self._set_leaf_values()
 
     def of_cells(self, objects: Sequence[Any]) -> list[tuple[Any, Any, Label]]:
-        """The variables and arrays that the arguments' objects have now, what the specifications say of them, labels."""
+        """The variables and arrays that the arguments' objects have now, what is said of each, and labels."""
         now = Structure(objects, True)
         return list(zip(now.cells, cell_values(now, self._object_values), _labels(now), strict=True))
 

@@ -34,9 +34,7 @@ class _Call:
         self._args = args
         dynamic = [arg for i, arg in enumerate(args) if i not in rule.statics]
         numbers = [i for i in range(len(args)) if i not in rule.statics]
-        by = [
-            PrefixMapping([(rule.filters[i], True), (..., False)]) if i in rule.filters else True for i in numbers
-        ]
+        by = [PrefixMapping([(rule.filters[i], True), (..., False)]) if i in rule.filters else True for i in numbers]
         self.entry = Entry("custom_vjp", dynamic, rule.graph, rule.updates, by, "nondiff_argnums")
         self._types = [jax.typeof(leaf) for leaf in self.entry.leaves]
 
@@ -108,6 +106,7 @@ class _Call:
         index = iter(range(len(signature.specs)))
         inside = self.entry.enter(self._types)
         for tree, tangent in zip(inside.trees, tangents, strict=True):
+            treedef: Any
             objects, treedef = jax.tree.flatten(tree, is_leaf=is_object)
             for x, given in zip(objects, treedef.flatten_up_to(tangent), strict=True):
                 if not is_object(x):
@@ -120,7 +119,8 @@ class _Call:
                     found = by_path.get(path)
                     if found is not None and not value:
                         raise ValueError(
-                            f"nnx.custom_vjp: the backward rule returned a cotangent of {'.'.join(map(str, path))}, which "
+                            "nnx.custom_vjp: the backward rule returned a cotangent of "
+                            f"{'.'.join(map(str, path))}, which "
                             "nondiff_argnums says has none."
                         )
                     leaves.append(found.get_raw_value() if isinstance(found, Variable) else found)
@@ -143,14 +143,17 @@ class _Call:
         wanted = len(self._args) - len(self._rule.statics)
         if not isinstance(tangents, tuple | list) or len(tangents) != wanted:
             raise TypeError(
-                f"nnx.custom_vjp: the backward rule must return a tuple of {wanted} cotangents, one for each argument; it "
-                f"returned {type(tangents).__name__}{f' of {len(tangents)}' if isinstance(tangents, tuple | list) else ''}."
+                f"nnx.custom_vjp: the backward rule must return a tuple of {wanted} cotangents, one for each "
+                "argument; it "
+                "returned "
+                f"{type(tangents).__name__}{f' of {len(tangents)}' if isinstance(tangents, tuple | list) else ''}."
             )
 
     def _only_inexact(self, leaves: list[Any]) -> list[Any]:
         if len(leaves) != len(self._types):
             raise TypeError(
-                f"nnx.custom_vjp: the backward rule returned cotangents of {len(leaves)} arrays, but the arguments have "
+                f"nnx.custom_vjp: the backward rule returned cotangents of {len(leaves)} arrays, but the "
+                "arguments have "
                 f"{len(self._types)}."
             )
         return [leaf if _is_inexact(t) else None for leaf, t in zip(leaves, self._types, strict=True)]
@@ -185,7 +188,8 @@ class CustomVjp:
         Args:
             fwd: takes what the function takes and returns ``(result, residuals)``; residuals may hold objects.
             bwd: ``(*nondiff_args, residuals, g)`` to a tuple of cotangents, one for each argument. With graph updates
-                ``g`` is ``(updates_g, result_g)`` and objects are states in ``updates_g`` and in the cotangents; without,
+                ``g`` is ``(updates_g, result_g)`` and objects are states in ``updates_g`` and in the cotangents;
+                without,
                 it is ``result_g``, the cotangents have the types of the arguments, and a keyword ``updates_g`` gets the
                 cotangents of variables that were assigned.
             symbolic_zeros: not supported.
@@ -199,7 +203,8 @@ class CustomVjp:
         """Call the function."""
         if self.fwd is None:
             raise AttributeError(
-                f"No derivative rule defined for {getattr(self.fun, '__name__', self.fun)}: call its defvjp(fwd, bwd) first."
+                f"No derivative rule defined for {getattr(self.fun, '__name__', self.fun)}: call its defvjp(fwd, "
+                "bwd) first."
             )
         call = _Call(self, args)
         pure = jax.custom_vjp(call.primal)

@@ -48,7 +48,8 @@ def _find_carry(axes: Any, name: str) -> int | None:
         inner = jax.tree.leaves(axis, is_leaf=lambda x: isinstance(x, PrefixMapping))
         if axis is not Carry and any(x is Carry for x in inner):
             raise ValueError(
-                f"Carry must stand at the top level of {name} of nnx.scan (or in a StateAxes), it cannot be nested, as in "
+                f"Carry must stand at the top level of {name} of nnx.scan (or in a StateAxes), it cannot be "
+                "nested, as in "
                 f"entry {i}: {axis}."
             )
     return found[0] if found else None
@@ -109,7 +110,8 @@ class _Step:
             return out, ()
         if not isinstance(out, tuple) or len(out) != len(self._out_axes):
             raise ValueError(
-                f"nnx.scan: the function must return a tuple of {len(self._out_axes)}, as out_axes={self._out_axes} says; "
+                f"nnx.scan: the function must return a tuple of {len(self._out_axes)}, as "
+                f"out_axes={self._out_axes} says; "
                 f"it returned a {type(out).__name__}{f' of {len(out)}' if isinstance(out, tuple) else ''}."
             )
         return out[self._carry_out], (*out[: self._carry_out], (), *out[self._carry_out + 1 :])
@@ -148,7 +150,9 @@ class _Step:
         if self._carry_in is None:
             return out
         last = iter(carry)
-        leaves = [next(last) if axis is Carry else x for x, axis in zip(self.entry.leaves, self.entry.values, strict=True)]
+        leaves = [
+            next(last) if axis is Carry else x for x, axis in zip(self.entry.leaves, self.entry.values, strict=True)
+        ]
         value = self.entry.assign(leaves, ())[self._carry_in]
         if self._out_axes is Carry:
             return value
@@ -180,7 +184,8 @@ def scan(
         reverse: as for ``jax.lax.scan``.
         unroll: as for ``jax.lax.scan``.
         in_axes: for each argument an axis to scan over, ``nnx.Carry`` for the one that is carried, None for what is the
-            same in all iterations; trees of axes, ``StateAxes`` (with graph updates; ``Carry`` may stand in it) and what
+            same in all iterations; trees of axes, ``StateAxes`` (with graph updates; ``Carry`` may stand in it) and
+            what
             ``nnx.prefix`` returned.
         out_axes: likewise for the result; not None. If a tuple has ``Carry``, the function returns a tuple.
         transform_metadata: ``{nnx.PARTITION_NAME: name}``: the name of the axis among those of variables.
@@ -224,7 +229,7 @@ def scan(
             step.names,
             length=length,
             reverse=reverse,
-            unroll=unroll,  # type: ignore[arg-type]
+            unroll=unroll,
             _split_transpose=_split_transpose,
             check_constancy_invariants=False,
         )

@@ -45,7 +45,8 @@ def per_argument(axes: Any, count: int, name: str, transform: str) -> tuple[Any,
         return (axes,) * count
     if len(axes) != count:
         raise ValueError(
-            f"{name} of nnx.{transform} has {len(axes)} entries for {count} positional arguments; give one for each, or "
+            f"{name} of nnx.{transform} has {len(axes)} entries for {count} positional arguments; give one for "
+            "each, or "
             "one int (or None) for all."
         )
     return tuple(axes)
@@ -78,7 +79,8 @@ def _check_shared(transform: str, leaves: Sequence[Any], exit: Exit) -> None:
         else:
             fix = "give it an axis in out_axes"
         raise ValueError(
-            f"nnx.{transform}: {label or 'an output'} has the axis None, which says that all rows share its value, but the "
+            f"nnx.{transform}: {label or 'an output'} has the axis None, which says that all rows share its "
+            "value, but the "
             f"function gave it one that differs from row to row, of shape {jnp.shape(leaf)} in each; {fix}. (JAX: got "
             "axis spec None but output was batched.)"
         )
@@ -98,7 +100,8 @@ def check_sizes(entry: Entry, axis_size: int | None = None) -> None:
             first = shape[axis], what
         elif shape[axis] != first[0]:
             raise ValueError(
-                f"nnx.{entry.transform} got inconsistent sizes for array axes to be mapped: {first[0]} of {first[1]}, but "
+                f"nnx.{entry.transform} got inconsistent sizes for array axes to be mapped: {first[0]} of "
+                f"{first[1]}, but "
                 f"{shape[axis]} of {what} along axis {axis}."
             )
 
@@ -153,8 +156,10 @@ def vmap(
 
     Args:
         f: the function; left out, a decorator is returned.
-        in_axes: for each argument an axis or None, a tree of these, or for an object a ``StateAxes`` (with graph updates)
-            or what ``nnx.prefix`` returned. A variable with None has one value for all rows; what depends on a row can't
+        in_axes: for each argument an axis or None, a tree of these, or for an object a ``StateAxes`` (with graph
+            updates)
+            or what ``nnx.prefix`` returned. A variable with None has one value for all rows; what depends on a row
+            can't
             be assigned to it.
         out_axes: likewise, for the result.
         axis_name: as for ``jax.vmap``.

@@ -1,4 +1,4 @@
-"""Specifications such as ``in_axes``: trees that are prefixes of the trees they are for, and what they say of each leaf.
+"""Specifications such as ``in_axes``: prefixes of the trees they are for, and what they say of each leaf.
 
 At an object, a specification is one value for all its variables, a ``StateAxes`` with a value for each filter, or an
 object of the same structure with values for arrays, as ``nnx.prefix`` makes it.

@@ -1,4 +1,4 @@
-"""``nnx.jit``: the same programs, with either library's ``nnx``; and that what is kept of a structure is never stale."""
+"""``nnx.jit``: the same programs with either library's ``nnx``; what is kept of a structure is never stale."""
 
 from __future__ import annotations
 
@@ -59,6 +59,20 @@ def test_objects_are_returned_by_identity(lib):
     out = both(model)
     assert out["same"] is model and model.twin is model.w and out["fresh"][0] is model.w
     assert out["fresh"][1].shape == (2,)
+
+
+def test_arrays_in_containers_are_updated(lib):
+    model = net(lib)
+    model.plain = lib.data([jnp.zeros(2), (jnp.ones(1), {"x": lib.Param(1.0)})])
+
+    @lib.jit(donate_argnums=0)
+    def step(model):
+        model.plain[0] = model.plain[0] + 1
+
+    for count in (1, 2):
+        step(model)
+        np.testing.assert_array_equal(model.plain[0], count)
+        np.testing.assert_array_equal(model.plain[1][0], 1)
 
 
 def test_sharing_between_arguments(lib):
@@ -189,24 +203,24 @@ CHANGES = {
     "equal number of another type": lambda m: setattr(m, "scale", 2.0),
     "new attribute": lambda m: setattr(m, "more", nnx.Param(jnp.ones(1))),
     "removed attribute": lambda m: delattr(m, "w"),
-    "replaced variable": lambda m: setattr(m, "w", nnx.Param(jnp.full(3, 7.0))),
+    "replaced variable": lambda m: setattr(m, "w", nnx.Param(jnp.full(3, 7.0, float))),
     "variable of another type": lambda m: setattr(m, "w", nnx.BatchStat(jnp.arange(3.0))),
     "variable now shared": lambda m: setattr(m, "w", m.inner.w),
     "child now shared": lambda m: setattr(m, "other", m.inner),
     "cycle": lambda m: setattr(m.inner, "back", m),
     "metadata": lambda m: m.w.set_metadata(note=1),
     "list append": lambda m: m.layers.append(nnx.Param(jnp.ones(2))),
-    "list item": lambda m: m.layers.__setitem__(0, nnx.Param(jnp.full(3, 9.0))),
+    "list item": lambda m: m.layers.__setitem__(0, nnx.Param(jnp.full(3, 9.0, float))),
     "list removal": lambda m: m.layers.pop(),
     "list insertion": lambda m: m.layers.insert(0, 3),
     "plain list append": lambda m: m.plain.append(jnp.ones(2)),
-    "plain list item": lambda m: m.plain.__setitem__(0, jnp.full(1, 8.0)),
+    "plain list item": lambda m: m.plain.__setitem__(0, jnp.full(1, 8.0, float)),
     "variable in a plain dict": lambda m: m.plain[1].__setitem__("x", nnx.Param(5.0)),
     "key in a plain dict": lambda m: m.plain[1].__setitem__("y", nnx.Param(5.0)),
     "static list in place": lambda m: m.sizes.append(3),
     "static dict in place": lambda m: m.table.update(a=2),
     "changeable constant in place": lambda m: setattr(m.config, "size", 2),
-    "array attribute by value": lambda m: setattr(m, "offset", jnp.full(3, 4.0)),
+    "array attribute by value": lambda m: setattr(m, "offset", jnp.full(3, 4.0, float)),
     "array attribute by shape": lambda m: setattr(m, "offset", jnp.ones((2, 2))),
     "array attribute to variable": lambda m: setattr(m, "offset", nnx.Param(jnp.ones(3))),
     "data attribute": lambda m: setattr(m, "flag", 4),
@@ -218,9 +232,9 @@ CHANGES = {
     "renamed": lambda m: (setattr(m, "v", m.w), delattr(m, "w")),
     "swapped": lambda m: (setattr(m, "keep", m.w), setattr(m, "w", m.inner.w), setattr(m.inner, "w", m.keep)),
     "another class": lambda m: setattr(m.inner, "__class__", type("Other", (nnx.Module,), {})),
-    "value only": lambda m: m.w.set_value(jnp.full(3, 6.0)),
+    "value only": lambda m: m.w.set_value(jnp.full(3, 6.0, float)),
     "pop": lambda m: nnx.pop(m, nnx.Param),
-    "update": lambda m: nnx.update(m, {"scale": 9, "w": jnp.full(3, 5.0)}),
+    "update": lambda m: nnx.update(m, {"scale": 9, "w": jnp.full(3, 5.0, float)}),
 }
 
 
