@@ -341,9 +341,8 @@ def check_aliases(structure: Structure, prefixes: Sequence[Any]) -> None:
             if now != before:
                 raise ValueError(
                     f"Inconsistent aliasing detected: the {spec.type.__name__} at {_dotted(where)}, made"
-                    f"{describe_origin(variable._origin)}, stands at {_dotted(path)} as well, with the "
-                    f"specification {before!r} there and {now!r} here. Give both the "
-                    "same, or pass the variable once."
+                    f"{describe_origin(variable._origin)}, stands at {_dotted(path)} as well, with the specification "
+                    f"{before!r} there and {now!r} here. Give both the same, or pass the variable once."
                 )
         elif isinstance(spec, NodeDef) and spec.number not in seen:
             inside = seen if spec.number is None else seen | {spec.number}

@@ -42,8 +42,7 @@ def shard_map(
         graph_updates: pass changes of structure on (default: ``nnx.set_graph_updates``; never in tree mode).
 
     Raises:
-        ValueError: ``f`` is a method of an object; at a call, a variable stands at two places and has two
-            specifications.
+        ValueError: ``f`` is a method of an object; at a call, a variable stands at two places with two of them.
     """
     if f is _MISSING:
         return functools.partial(
