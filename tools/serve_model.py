@@ -218,6 +218,7 @@ def main(model: str, **flags: Any) -> None:
 
         sock = bind(flags["host"], flags["port"], flags["uds"])
         template = _chat_template(flags["chat_template"])
+        _check_defaults(flags["override_generation_config"])
         folder, manifest = _artifact(model, flags)
         names = flags["served_model_name"] or tuple(dict.fromkeys((manifest.model, model)))
         engine, metrics = _engine(folder, manifest, names[0], flags)
@@ -237,6 +238,20 @@ def _chat_template(given: str | None) -> str | None:
     source = given if "{" in given else Path(given).read_text()
     ChatTemplate(source, {})
     return source
+
+
+def _check_defaults(given: Mapping[str, Any]) -> None:
+    """Refuses what --override-generation-config cannot set."""
+    from distaff.runtime.sampling_params import SamplingParams, SamplingParamsError
+
+    known = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    known["max_new_tokens"] = "max_tokens"
+    if unknown := sorted(given.keys() - known.keys()):
+        raise EngineConfigError(f"--override-generation-config has {', '.join(unknown)}; it takes {', '.join(known)}")
+    try:
+        SamplingParams(**{known[name]: value for name, value in given.items()})
+    except SamplingParamsError as error:
+        raise EngineConfigError(f"--override-generation-config: {error}") from None
 
 
 def _artifact(model: str, flags: dict[str, Any]) -> tuple[Path, Manifest]:
@@ -313,8 +328,8 @@ def _serve(
     same = (
         "trust_request_chat_template", "return_tokens_as_token_ids", "enable_log_requests", "allowed_origins",
         "allowed_methods", "allowed_headers", "allow_credentials", "root_path", "max_body_bytes", "response_role",
-        "default_chat_template_kwargs", "override_generation_config", "enable_prompt_tokens_details", "enable_force_include_usage",
-        "enable_request_id_headers", "enable_tokenizer_info_endpoint",
+        "default_chat_template_kwargs", "override_generation_config", "enable_prompt_tokens_details",
+        "enable_force_include_usage", "enable_request_id_headers", "enable_tokenizer_info_endpoint",
     )  # fmt: skip
     config = ServerConfig(
         served_model_names=names,

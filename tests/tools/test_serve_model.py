@@ -134,6 +134,8 @@ def test_wrong_usage_exits_with_2(flags):
         (["-q", "int8"], 2, "--quantization is for a model that is compiled"),
         (["--chat-template", "/nowhere.jinja"], 1, "/nowhere.jinja"),
         (["--chat-template", "{% if %}"], 1, "not valid Jinja"),
+        (["--override-generation-config", '{"top_p": 2}'], 2, "top_p must be"),
+        (["--override-generation-config", '{"beams": 2}'], 2, "has beams; it takes temperature"),
         (["--tokenizer", "/nowhere"], 1, "tokenizer.json"),
         (["--uds", "/nowhere/socket"], 1, "/nowhere/socket"),
         (["--host", "256.0.0.1"], 1, "256.0.0.1"),
