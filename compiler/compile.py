@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 
 from distaff.compiler.artifact import Manifest
 from distaff.compiler.buckets import Bucket, default_buckets
+from distaff.compiler.ir import StoredBlocks
 from distaff.compiler.lowering.build import ModelInfo, Progress, SavableTokenizer, build_artifact, check_output
 from distaff.compiler.passes.pack import WeightFormats
 from distaff.compiler.pipeline import derive_serve_step
@@ -30,6 +32,7 @@ def compile_model(
     architecture: str = "",
     latent_cache: bool = False,
     weight_formats: WeightFormats | None = None,
+    stored: Mapping[str, StoredBlocks] = MappingProxyType({}),
     kv_dtype: str | None = None,
     passages: Sequence[Sequence[int]] = (),
     page_size: int = DEFAULT_PAGE_SIZE,
@@ -52,9 +55,10 @@ def compile_model(
     output together; a step holds up to ``max_batch`` requests and ``max_step_tokens`` tokens unless ``buckets`` says
     which shapes to compile. ``num_pages`` pages of ``page_size`` tokens make the KV pool that the artifact asks for.
     With ``latent_cache`` attention may cache what keys and values are computed from, where that is smaller.
-    ``weight_formats`` are the number formats that weights are packed in for kernels (default: as ``params`` has them),
-    ``kv_dtype`` that of the KV cache (default: as the model computes); what packing costs is measured on ``passages``,
-    up to four texts of token ids.
+    ``weight_formats`` are the number formats that weights are packed in for kernels (default: as ``params`` has them);
+    those that a checkpoint holds quantised are packed as ``stored``, named by the path of their leaf in ``params`` with
+    dots between the keys. ``kv_dtype`` is that of the KV cache (default: as the model computes). What packing costs is
+    measured on ``passages``, up to four texts of token ids.
     ``dump`` is a folder for the IR after each pass. The programs are compiled to machine code at the first start.
 
     Raises the errors of `distaff.compiler.errors` if the model cannot be served token by token, `BucketError` for
@@ -71,6 +75,7 @@ def compile_model(
         page_size=page_size,
         latent_cache=latent_cache,
         weight_formats=weight_formats,
+        stored=stored,
         kv_dtype=kv_dtype,
         passages=passages,
         dump=dump,

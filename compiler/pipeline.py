@@ -9,15 +9,17 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 
 from distaff.compiler.analysis.tokens import Kind, TokenClasses, classify_tokens
 from distaff.compiler.capture import capture
-from distaff.compiler.ir import Graph
+from distaff.compiler.ir import Graph, StoredBlocks
 from distaff.compiler.ir.printer import print_graph
 from distaff.compiler.ir.verifier import verify
 from distaff.compiler.lowering.emit import collect_weights, emit
@@ -30,7 +32,9 @@ from distaff.compiler.passes.rotary import fold_rotary
 from distaff.compiler.passes.serve import ServePlan, bytes_per_token, plan_serving
 from distaff.compiler.quality import compare_on_text
 from distaff.compiler.serve_step import ServeStep
-from distaff.compiler.validate import TOLERANCE, validate
+from distaff.compiler.validate import TOLERANCE, float32_products, validate
+
+_NONE: Mapping[str, StoredBlocks] = MappingProxyType({})
 
 
 @dataclasses.dataclass
@@ -49,13 +53,14 @@ def derive(
     max_model_len: int,
     latent_cache: bool = False,
     raise_products: bool = False,
+    stored: Mapping[str, StoredBlocks] = _NONE,
     kv_dtype: str | None = None,
     dump: str | os.PathLike[str] | None = None,
 ) -> Derivation:
     """Captures ``fn(params, tokens[1, S])`` and derives its serving plan, or refuses with the user's line.
 
     Raises the errors of `distaff.compiler.errors`. With ``raise_products`` products with weights become operations
-    that can be packed. ``dump`` is a folder for the IR after each pass.
+    that can be packed; ``stored`` as in `derive_serve_step`. ``dump`` is a folder for the IR after each pass.
     """
     log = _PassLog(dump)
     captured = capture(fn, params, max_model_len)
@@ -75,7 +80,7 @@ def derive(
     raised = log.run("attention", attention, classes)
     if raise_products:
         products = raised
-        raised = log.run("matmul", lambda: raise_matmuls(products, classes), classes)
+        raised = log.run("matmul", lambda: raise_matmuls(products, classes, stored), classes)
         turned = raised
         raised = log.run("rotary", lambda: fold_rotary(turned, classes, max_model_len), classes)
     return Derivation(plan_serving(raised, classes, kv_dtype=kv_dtype), findings, log.entries)
@@ -89,6 +94,7 @@ def derive_serve_step(
     page_size: int = 16,
     latent_cache: bool = False,
     weight_formats: WeightFormats | None = None,
+    stored: Mapping[str, StoredBlocks] = _NONE,
     kv_dtype: str | None = None,
     passages: Sequence[Sequence[int]] = (),
     roll_layers: bool | None = None,
@@ -99,12 +105,13 @@ def derive_serve_step(
     ``latent_cache`` caches what keys and values are expanded from where that is smaller. ``weight_formats`` packs the
     weights for the kernels that read such formats; the derivation is validated before that, with the plain weights,
     and again afterwards within what the formats lose, which is measured on ``passages`` (texts of token ids, see
-    `compare_on_text`). ``kv_dtype`` is the type of the caches. ``roll_layers`` runs repeated layers in a loop (default:
-    on every platform but CPUs, where it is slower).
+    `compare_on_text`). Weights that a checkpoint holds quantised can be packed as they are: ``stored`` gives them by
+    the path of their leaf in ``params``, keys joined by dots. ``kv_dtype`` is the type of the caches. ``roll_layers``
+    runs repeated layers in a loop (default: on every platform but CPUs, where it is slower).
     """
     derivation = derive(
         fn, params, max_model_len=max_model_len, latent_cache=latent_cache,
-        raise_products=weight_formats is not None, kv_dtype=kv_dtype, dump=dump,
+        raise_products=weight_formats is not None, stored=stored, kv_dtype=kv_dtype, dump=dump,
     )  # fmt: skip
     plan = derivation.plan
     rolling = jax.default_backend() != "cpu" if roll_layers is None else roll_layers
@@ -115,15 +122,16 @@ def derive_serve_step(
     last_only = plan.classes[plan.graph.outputs[0]] is Kind.REQUEST
     check = functools.partial(_validated, fn, params, max_model_len, page_size, last_only)
     dtypes = {str(v.type.dtype) for n in plan.graph.nodes for v in n.outputs} | {str(kv_dtype)}
-    lowest = next((d for d in ("bfloat16", "float16") if d in dtypes), "float32")
+    lowest = next((d for d in ("bfloat16", "float16") if d in dtypes), float32_products())
     step, loop = _emitted(plan, rolling)
     report["validation"] = check(step, lowest)
     if weight_formats is not None:
-        packed = pack_weights(plan.graph, weight_formats, plan.vocab_size)
+        packed = pack_weights(plan.graph, weight_formats, plan.vocab_size, stored)
         report["weights"] = _packed(packed)
         step, loop = _emitted(plan, rolling)
-        step = dataclasses.replace(step, weight_format=weight_formats.matrices.kind)
-        kinds = (weight_formats.matrices.kind, weight_formats.tables.kind, lowest)
+        step = dataclasses.replace(step, weight_format=_main_format(packed))
+        # Of weights that are as they were, only the activations are rounded: to int8.
+        kinds = {"int8" if p.as_stored else p.format.kind for p in packed} | {lowest}
         report["validation_of_packed_weights"] = check(step, min(kinds, key=list(TOLERANCE).index))
         if passages:
             quality = compare_on_text(step, fn, params, passages, max_model_len=max_model_len, page_size=page_size)
@@ -162,14 +170,22 @@ def _validated(
     }
 
 
+def _main_format(packed: list[PackedMatrix]) -> str | None:
+    """The kind of number that most weights are; None if none is packed."""
+    sizes: Counter[str] = Counter()
+    for matrix in packed:
+        sizes[matrix.format.kind] += matrix.parameters
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
 def _packed(packed: list[PackedMatrix]) -> list[dict[str, Any]]:
-    """Matrices by format: how many, their parameters and bytes."""
+    """Matrices by format: how many, how many of them as the checkpoint has them, their parameters and bytes."""
     rows: dict[str, dict[str, Any]] = {}
     for matrix in packed:
-        row = rows.setdefault(
-            matrix.format.name, {"format": matrix.format.name, "matrices": 0, "parameters": 0, "bytes": 0}
-        )
+        name = matrix.format.name
+        row = rows.setdefault(name, {"format": name, "matrices": 0, "as_stored": 0, "parameters": 0, "bytes": 0})
         row["matrices"] += 1
+        row["as_stored"] += matrix.as_stored
         row["parameters"] += matrix.parameters
         row["bytes"] += matrix.bytes
     return list(rows.values())

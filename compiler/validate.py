@@ -22,8 +22,17 @@ from distaff.kernels.paged_attention import StepBatch
 # By the coarsest number format that a step computes with, coarsest first. Quantised weights differ from plain ones by
 # design, so these bounds only catch what is broken; how much a model loses is measured on text
 # (`distaff.compiler.quality`).
-TOLERANCE = {"int4": 1.0, "int8": 0.6, "bfloat16": 6e-2, "float16": 2e-2, "float32": 2e-4, "float64": 1e-6}
+TOLERANCE = {
+    "int4": 1.0, "int8": 0.6, "bfloat16": 6e-2, "float16": 2e-2, "tensorfloat32": 1e-2, "float32": 2e-4, "float64": 1e-6
+}  # fmt: skip
 _TOKENS, _ROWS = 16, 4
+
+
+def float32_products() -> str:
+    """The format that this platform rounds the factors of float32 products to, unless jax is told otherwise."""
+    if jax.config.jax_default_matmul_precision not in (None, "default", "fastest"):
+        return "float32"
+    return {"gpu": "tensorfloat32", "tpu": "bfloat16"}.get(jax.default_backend(), "float32")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ _OWN = str(Path(__file__).parent) + "/"
 _STDLIB = sysconfig.get_paths()["stdlib"] + "/"
 
 
-def _is_user_code(filename: str) -> bool:
+def is_user_code(filename: str) -> bool:
     if filename.startswith(_OWN) or "/jax/" in filename or filename == "<string>" or filename.startswith("<frozen"):
         return False
     return not filename.startswith(_STDLIB) or "-packages/" in filename
@@ -27,7 +27,7 @@ def _is_user_code(filename: str) -> bool:
 def _user_line() -> str:
     """Where the user's code called into ours, as ``model.py:12 (__call__)``; empty if there is no such frame."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not _is_user_code(frame.f_code.co_filename):
+    while frame is not None and not is_user_code(frame.f_code.co_filename):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})" if frame else ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -28,6 +29,11 @@ def current_trace() -> Hashable:
     """What identifies the innermost running JAX transform; equal while no transform is entered or left."""
     trace: Hashable = _core.get_opaque_trace_state(convention="flax")
     return trace
+
+
+def running_trace() -> weakref.ReferenceType[Any]:
+    """A weak reference to the innermost running JAX transform: the same object while that one runs."""
+    return weakref.ref(_src_core.trace_ctx.trace)
 
 
 def made_by_current_trace(x: Any) -> bool:

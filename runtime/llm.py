@@ -41,10 +41,11 @@ class LLM:
     """A model, ready to generate.
 
     ``model`` is an artifact folder. Anything else (a checkpoint folder, a GGUF file, a name) is compiled first, if
-    distaff's tools are installed; ``dtype``, ``block_size`` (tokens a page) and ``compile_options`` are for that, and
-    an artifact that was compiled differently is refused. ``tokenizer`` is a folder whose tokenizer replaces the
-    artifact's. ``num_gpu_blocks_override`` is the number of pages, whatever the device. The other settings are those
-    of `EngineConfig`. Raises `ArtifactError` if there is nothing that can be served, `EngineConfigError` otherwise.
+    distaff's tools are installed; ``dtype``, ``quantization`` (as ``compile-model --quantize``), ``block_size`` (tokens
+    a page) and ``compile_options`` are for that, and an artifact that was compiled differently is refused.
+    ``tokenizer`` is a folder whose tokenizer replaces the artifact's. ``num_gpu_blocks_override`` is the number of
+    pages, whatever the device. The other settings are those of `EngineConfig`. Raises `ArtifactError` if there is
+    nothing that can be served, `EngineConfigError` otherwise.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class LLM:
         *,
         tokenizer: str | Path | None = None,
         dtype: str = "auto",
+        quantization: str | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
@@ -67,10 +69,14 @@ class LLM:
         **compile_options: Any,
     ) -> None:
         wanted = {"dtype": None if dtype == "auto" else dtype, "page_size": block_size}
+        is_artifact = (Path(model) / MANIFEST).is_file()
+        if is_artifact and quantization is not None:
+            raise EngineConfigError(f"quantization is for a model that is compiled; {model} is an artifact already")
         folder = _artifact_for(
             model,
             {
                 **wanted,
+                "quantize": quantization,
                 "max_model_len": max_model_len,
                 "max_batch": max_num_seqs,
                 "max_step_tokens": max_num_batched_tokens,
@@ -91,7 +97,8 @@ class LLM:
             progress=True,
         )
         self.engine = Engine(folder, config, tokenizer=None if tokenizer is None else Tokenizer.load(tokenizer))
-        _check_compiled_with(self.engine, wanted)
+        if is_artifact:
+            _check_compiled_with(self.engine, wanted)
         self._ids = itertools.count()
 
     def generate(

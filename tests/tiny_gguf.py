@@ -66,6 +66,41 @@ def _gguf_name(name: str, stems: Mapping[str, str]) -> str:
     return f"{whole[stem]}.{kind}"
 
 
+def numpy_tensors(hidden=8, vocab=20, seed=0):
+    """A llama of one layer, hand-made: 2 heads, 1 kv head, head_dim hidden // 2."""
+    rng = np.random.default_rng(seed)
+    size = hidden // 2
+    shapes = {
+        "token_embd.weight": (vocab, hidden),
+        "output_norm.weight": (hidden,),
+        "blk.0.attn_norm.weight": (hidden,),
+        "blk.0.ffn_norm.weight": (hidden,),
+        "blk.0.attn_q.weight": (hidden, hidden),
+        "blk.0.attn_k.weight": (size, hidden),
+        "blk.0.attn_v.weight": (size, hidden),
+        "blk.0.attn_output.weight": (hidden, hidden),
+        "blk.0.ffn_gate.weight": (hidden, hidden),
+        "blk.0.ffn_up.weight": (hidden, hidden),
+        "blk.0.ffn_down.weight": (hidden, hidden),
+    }
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def metadata(hidden=8, **changes):
+    fields = {
+        "context_length": 64,
+        "embedding_length": hidden,
+        "feed_forward_length": hidden,
+        "block_count": 1,
+        "attention.head_count": 2,
+        "attention.head_count_kv": 1,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": 10000.0,
+        "rope.dimension_count": hidden // 2,
+    } | changes
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def write_gguf(
     path: Path,
     architecture: str,

@@ -31,7 +31,7 @@ with the weights and the tokenizer. A model that cannot be served token by token
 Examples:
   compile-model smollm2-135m -o smollm2
   compile-model ./my-checkpoint -o served --max-model-len 4096 --max-batch 32
-  compile-model smollm2-135m -o small --quantize int4
+  compile-model ./my-checkpoint -o small --quantize int4
   compile-model ./my-checkpoint --check            can this be served, and how?
   compile-model ./my-checkpoint -o served --buckets "decode=1,8,64 mixed=128x8,512x64"
 
@@ -50,8 +50,9 @@ _POSITIVE = click.IntRange(min=1)
     "--dtype", default="auto", show_default=True, help="float32, bfloat16 or float16 weights; auto: by device."
 )
 @click.option(
-    "--quantize", default="none", show_default=True, help="Matrices as int8, int8g32 (groups of 32), int4, q4_1 …"
-)
+    "--quantize", default="auto", show_default=True,
+    help="Matrices as int8, int4, q4_1 …; gguf: as the file has them; none; auto: gguf where possible, else none.",
+)  # fmt: skip
 @click.option("--quantize-tables", help="Embedding and logits likewise.  [default: int8 for int4, else as --quantize]")
 @click.option("--kv-cache-dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
 @click.option("--max-model-len", type=_POSITIVE, help="Longest request, prompt and output.  [default: up to 8192]")
@@ -108,6 +109,7 @@ def _check(console: Console, loaded: LoadedModel, options: CompileOptions, dump_
         page_size=options.page_size,
         latent_cache=options.latent_cache,
         weight_formats=options.weight_formats(),
+        stored=options.stored(loaded),
         kv_dtype=options.kv_dtype(),
         dump=dump_ir,
     )
@@ -166,10 +168,11 @@ def _exit_codes() -> Iterator[None]:
     from distaff.frontend.models import ConfigError
     from distaff.kernels.matmul import WeightFormatError
     from distaff.runtime.platforms import MemoryTooSmallError
+    from distaff.tools.compile_on_demand import NothingStoredError
 
     try:
         yield
-    except (BucketError, OutputExistsError, WeightFormatError) as error:
+    except (BucketError, NothingStoredError, OutputExistsError, WeightFormatError) as error:
         _fail(error, USAGE)
     except ModelRefusedError as error:
         _fail(error, REFUSED)

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from distaff.compiler.artifact import MANIFEST, Manifest
 
 if TYPE_CHECKING:
     from distaff.compiler.buckets import Bucket
+    from distaff.compiler.ir import StoredBlocks
     from distaff.compiler.lowering.build import Progress
     from distaff.compiler.passes.pack import WeightFormats
     from distaff.frontend.loading import LoadedModel
@@ -43,14 +44,17 @@ class CompileOptions:
     """How to compile a checkpoint; the defaults are those of `distaff.compiler.compile.compile_model`.
 
     ``dtype`` "auto" is bfloat16, except on a CPU without native kernels for it, where it is float32. ``quantize`` is
-    "none" or a `WeightFormat` name ("int8", "int4", "int4g32", …) for the model's matrices, ``quantize_tables`` one for
-    the embedding and the logits (default: int8 where the matrices have 4 bits, else as they). ``kv_cache_dtype`` "auto"
-    is as ``dtype``. ``max_model_len`` None is the model's own limit up to `DEFAULT_MAX_MODEL_LEN`; ``buckets`` is text
-    in the form of `distaff.compiler.buckets.parse_buckets`. Raises `BucketError`, or ValueError for unknown formats.
+    "none", a `WeightFormat` name ("int8", "int4", "int4g64", …) for the model's matrices, or "gguf": those that a GGUF
+    file holds as Q8_0, Q4_0 or Q4_1 are kept bit for bit, and others are in ``dtype``. "auto" is "gguf" where the
+    native kernels read such blocks, unless ``dtype`` says something else, and "none" for other checkpoints.
+    ``quantize_tables`` is a format for the embedding and the logits (default: int8 for 4-bit matrices, else as they).
+    ``kv_cache_dtype`` "auto" is as ``dtype``. ``max_model_len`` None is the model's own limit up to
+    `DEFAULT_MAX_MODEL_LEN`; ``buckets`` is text in the form of `distaff.compiler.buckets.parse_buckets`. Raises
+    `BucketError`, or ValueError for formats that there are not.
     """
 
     dtype: str = "auto"
-    quantize: str = "none"
+    quantize: str = "auto"
     quantize_tables: str | None = None
     kv_cache_dtype: str = "auto"
     max_model_len: int | None = None
@@ -79,20 +83,31 @@ class CompileOptions:
         return "bfloat16" if fast else "float32"
 
     def weight_formats(self) -> WeightFormats | None:
-        """The formats to pack weights in; None to leave them as the model has them."""
-        import jax
-
+        """The formats to pack weights in, other than those kept as stored; None to leave them as the model has them."""
         from distaff.compiler.passes.pack import WeightFormats
-        from distaff.kernels import native
         from distaff.kernels.matmul import WeightFormat
 
-        if self.quantize == "none":
-            native_formats = ("float32", "bfloat16")
-            if jax.default_backend() != "cpu" or not native.available() or self.resolved_dtype() not in native_formats:
-                return None
-        matrices = WeightFormat.parse(self.resolved_dtype() if self.quantize == "none" else self.quantize)
+        plain = self.quantize in ("auto", "none", "gguf")
+        packable = _has_native_kernels() and self.resolved_dtype() in ("float32", "bfloat16")
+        if self.quantize in ("auto", "none") and not packable:
+            return None
+        matrices = WeightFormat.parse(self.resolved_dtype() if plain else self.quantize)
         tables = self.quantize_tables or ("int8" if matrices.kind == "int4" else matrices.name)
         return WeightFormats(matrices, WeightFormat.parse(tables))
+
+    def stored(self, loaded: LoadedModel) -> Mapping[str, StoredBlocks]:
+        """The weights of ``loaded`` to keep as its checkpoint has them; raises `NothingStoredError`."""
+        from distaff.kernels.matmul import gguf_format
+
+        automatic = self.quantize == "auto" and self.dtype == "auto" and _has_native_kernels()
+        if self.quantize != "gguf" and not automatic:
+            return {}
+        kept = {name: blocks for name, blocks in loaded.blocks.items() if gguf_format(blocks.type_name)}
+        if self.quantize_tables is not None:
+            kept = {name: blocks for name, blocks in kept.items() if blocks.shape[0] != loaded.config.vocab_size}
+        if self.quantize == "gguf" and not kept:
+            raise NothingStoredError(loaded.name, {blocks.type_name for blocks in loaded.blocks.values()})
+        return kept
 
     def kv_dtype(self) -> str | None:
         """The dtype of the KV cache; None for what the model computes in."""
@@ -101,6 +116,25 @@ class CompileOptions:
     def model_len(self, loaded: LoadedModel) -> int:
         """The longest request to compile ``loaded`` for."""
         return self.max_model_len or min(loaded.max_model_len, DEFAULT_MAX_MODEL_LEN)
+
+
+class NothingStoredError(ValueError):
+    """Blocks of a checkpoint were to be kept as they are, and there are none that kernels read."""
+
+    def __init__(self, model: str, types: Collection[str]) -> None:
+        held = f"its matrices are {', '.join(sorted(types))}" if types else "its matrices are not quantised"
+        super().__init__(
+            f"nothing of {model} can be kept as it is: {held}, and Q8_0, Q4_0 and Q4_1 of GGUF files can. "
+            "Quantise it (int8, int4), or take --dtype alone"
+        )
+
+
+def _has_native_kernels() -> bool:
+    import jax
+
+    from distaff.kernels import native
+
+    return jax.default_backend() == "cpu" and native.available()
 
 
 def load(model: str, options: CompileOptions) -> LoadedModel:
@@ -125,6 +159,8 @@ def compile_loaded(
     """Compiles a loaded checkpoint to ``output``; raises what `compile_model` raises."""
     from distaff.compiler.compile import compile_model
 
+    stored = options.stored(loaded)
+    quantised = bool(stored) or options.quantize not in ("auto", "none")
     return compile_model(
         loaded.apply,
         loaded.params,
@@ -134,8 +170,9 @@ def compile_loaded(
         architecture=loaded.architecture,
         latent_cache=options.latent_cache,
         weight_formats=options.weight_formats(),
+        stored=stored,
         kv_dtype=options.kv_dtype(),
-        passages=_passages(loaded, options) if options.quantize != "none" else (),
+        passages=passages(loaded, options) if quantised else (),
         page_size=options.page_size,
         buckets=options.batch_shapes(),
         num_pages=options.num_pages,
@@ -149,7 +186,7 @@ def compile_loaded(
     )
 
 
-def _passages(loaded: LoadedModel, options: CompileOptions) -> list[list[int]]:
+def passages(loaded: LoadedModel, options: CompileOptions) -> list[list[int]]:
     """The project's own text as token ids, a few hundred of each of its passages; none without a tokenizer."""
     if loaded.tokenizer is None:
         return []

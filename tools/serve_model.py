@@ -99,6 +99,7 @@ class _JsonList(click.ParamType[tuple[str, ...]]):
 @click.option("--generation-config", type=click.Choice(["auto", "vllm"]), default="auto", show_default=True,
               help="Sampling defaults: the model's generation_config.json, or neutral ones.")  # fmt: skip
 @click.option("--dtype", default="auto", show_default=True, help="Weights, for a model that is compiled.")
+@click.option("-q", "--quantization", help="As compile-model's --quantize, for a model that is compiled.")
 @click.option("--block-size", type=_POSITIVE, help="Tokens in a KV page, for a model that is compiled.")
 @click.option("--max-model-len", type=_Size(), help="Most tokens of prompt and output.")
 @click.option("--max-num-seqs", type=_POSITIVE, help="Most requests in one step.")
@@ -162,11 +163,11 @@ def _chat_template(given: str | None) -> str | None:
 
 def _artifact(model: str, flags: dict[str, Any]) -> tuple[Path, Manifest]:
     from distaff.compiler.artifact import Manifest
-    from distaff.runtime.errors import EngineConfigError
     from distaff.tools.compile_on_demand import artifact_for
 
     options = {
         "dtype": None if flags["dtype"] == "auto" else flags["dtype"],
+        "quantize": flags["quantization"],
         "page_size": flags["block_size"],
         "max_model_len": flags["max_model_len"],
         "max_batch": flags["max_num_seqs"],
@@ -174,11 +175,21 @@ def _artifact(model: str, flags: dict[str, Any]) -> tuple[Path, Manifest]:
     }
     folder = artifact_for(model, **{name: value for name, value in options.items() if value is not None})
     manifest = Manifest.load(folder)
+    if folder == Path(model):
+        _check_compiled_with(folder, manifest, options)
+    return folder, manifest
+
+
+def _check_compiled_with(folder: Path, manifest: Manifest, options: dict[str, Any]) -> None:
+    """Refuses wishes that an artifact was not compiled with."""
+    from distaff.runtime.errors import EngineConfigError
+
+    if options["quantize"] is not None:
+        raise EngineConfigError(f"--quantization is for a model that is compiled; {folder} is an artifact already")
     for flag, name in (("--dtype", "dtype"), ("--block-size", "page_size")):
         compiled = getattr(manifest, name)
         if options[name] not in (None, compiled):
             raise EngineConfigError(f"{flag} is {options[name]}, but {folder} was compiled with {compiled}")
-    return folder, manifest
 
 
 def _engine(folder: Path, manifest: Manifest, name: str, flags: dict[str, Any]) -> tuple[Engine, PrometheusStatLogger]:
@@ -258,12 +269,15 @@ def _expected_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exceptio
     from distaff.compiler.errors import CompileError
     from distaff.frontend.loading import CheckpointError
     from distaff.frontend.models import ConfigError
+    from distaff.kernels.matmul import WeightFormatError
     from distaff.runtime.errors import ChatTemplateError, EngineConfigError, TokenizerError
     from distaff.runtime.executables import CompileForbiddenError
     from distaff.runtime.platforms import MemoryTooSmallError
+    from distaff.tools.compile_on_demand import NothingStoredError
 
     model = (ArtifactError, CheckpointError, CompileError, CompileForbiddenError, ConfigError, MemoryTooSmallError)
-    return (EngineConfigError, BucketError), (*model, ChatTemplateError, TokenizerError, OSError)
+    usage = (BucketError, EngineConfigError, NothingStoredError, WeightFormatError)
+    return usage, (*model, ChatTemplateError, TokenizerError, OSError)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from distaff.compiler.ir.graph import ATTENTION, EMBED, MATMUL, ROW_PROGRAM, Graph, Node, Value
 from distaff.compiler.ir.location import Frame, Location
+from distaff.compiler.ir.stored import StoredBlocks
 from distaff.compiler.ir.types import Dim, Sym, TensorType
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Graph",
     "Location",
     "Node",
+    "StoredBlocks",
     "Sym",
     "TensorType",
     "Value",

@@ -9,19 +9,22 @@ operations it is written with. Whatever is not recognised stays as it is, beside
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 
 from distaff.compiler.analysis.dims import ELEMENTWISE
 from distaff.compiler.analysis.functions import read_activation, read_gate, read_rms_norm
 from distaff.compiler.analysis.tokens import Kind, TokenClasses
-from distaff.compiler.ir import EMBED, MATMUL, Graph, Node, Sym, Value
+from distaff.compiler.ir import EMBED, MATMUL, Graph, Node, StoredBlocks, Sym, Value
 from distaff.compiler.ir.types import TensorType
-from distaff.kernels.matmul import WeightFormat
+from distaff.kernels.matmul import WeightFormat, gguf_format
 from distaff.kernels.matmul.operation import MOST_PARTS
 
 # Below this a product is no matter of memory or kernels.
 _LEAST_ROWS, _LEAST_COLUMNS = 16, 16
+_NONE: Mapping[str, StoredBlocks] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +45,13 @@ class ProductSpec:
     format: WeightFormat | None = None  # once the weights are packed
 
 
-def raise_matmuls(graph: Graph, classes: TokenClasses) -> Graph:
+def raise_matmuls(graph: Graph, classes: TokenClasses, stored: Mapping[str, StoredBlocks] = _NONE) -> Graph:
     """Replaces products with weights, and look-ups in embedding tables, by `MATMUL` and `EMBED` nodes.
 
-    ``graph`` is changed. Results keep their values, so ``classes`` still hold.
+    ``graph`` is changed. Results keep their values, so ``classes`` still hold. Weights that are ``stored`` in
+    different formats, by name, are not joined.
     """
-    rewriter = _Rewriter(graph, classes)
+    rewriter = _Rewriter(graph, classes, stored)
     for node in list(graph.nodes):
         rewriter.raise_product(node)
         rewriter.raise_lookup(node)
@@ -61,9 +65,10 @@ def raise_matmuls(graph: Graph, classes: TokenClasses) -> Graph:
 
 
 class _Rewriter:
-    def __init__(self, graph: Graph, classes: TokenClasses) -> None:
+    def __init__(self, graph: Graph, classes: TokenClasses, stored: Mapping[str, StoredBlocks]) -> None:
         self.graph = graph
         self.classes = classes
+        self.stored = {name: gguf_format(blocks.type_name) for name, blocks in stored.items()}
         self.users: dict[int, list[Node]] = {}
 
     def matmuls(self) -> list[Node]:
@@ -75,6 +80,10 @@ class _Rewriter:
     def operand(self, node: Node, role: str) -> Value:
         spec: ProductSpec = node.params["spec"]
         return node.inputs[spec.operands.index(role)]
+
+    def stored_format(self, node: Node) -> WeightFormat | None:
+        """What the weight is packed as if it is kept as it is stored."""
+        return self.stored.get(self.operand(node, "weight").name)
 
     def is_token(self, value: Value) -> bool:
         return self.classes.kinds.get(id(value)) is Kind.TOKEN
@@ -183,7 +192,7 @@ class _Rewriter:
         elif len(leaves) == 2 and (gate := read_gate(root, leaves, nodes)) is not None:
             first, second = leaves[gate.gate].node, leaves[1 - gate.gate].node
             assert first is not None and second is not None and root.node is not None
-            joined = _join([first, second])
+            joined = _join([first, second]) if self.stored_format(first) == self.stored_format(second) else None
             if joined is not None:
                 spec, inputs = joined
                 spec = dataclasses.replace(spec, activation=gate.activation, gated=True)
@@ -221,7 +230,8 @@ class _Rewriter:
             spec: ProductSpec = node.params["spec"]
             if spec.activation is None:
                 norm = np.asarray(self.operand(node, "norm").data).tobytes() if "norm" in spec.operands else None
-                groups.setdefault((id(self.operand(node, "x")), norm, spec.norm_epsilon), []).append(node)
+                key = (id(self.operand(node, "x")), norm, spec.norm_epsilon, self.stored_format(node))
+                groups.setdefault(key, []).append(node)
         for siblings in groups.values():
             joined = _join(siblings) if 1 < len(siblings) <= MOST_PARTS else None
             if joined is None:

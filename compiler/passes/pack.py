@@ -1,18 +1,29 @@
 """Choosing number formats for weights and packing them as kernels read them.
 
 A `MATMUL` or `EMBED` node comes with plain matrices and leaves with packed ones: joined where one product has several
-parts, quantised, in panels. A table that both looks up tokens and makes logits is packed once.
+parts, quantised, in panels. A table that both looks up tokens and makes logits is packed once. What a checkpoint holds
+quantised is packed as it is, after a check that it is exactly the matrix that the product takes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from distaff.compiler.ir import EMBED, MATMUL, Graph, Node, Value
+from distaff.compiler.ir import EMBED, MATMUL, Graph, Node, StoredBlocks, Value
 from distaff.compiler.passes.matmul import constant
-from distaff.kernels.matmul import WeightFormat, interleave_gated, pack
+from distaff.kernels.matmul import (
+    PackedWeight,
+    WeightFormat,
+    gguf_format,
+    interleave_gated,
+    pack,
+    pack_blocks,
+    split_gguf,
+    unpack,
+)
 from distaff.kernels.matmul.packing import LANES
 
 
@@ -26,16 +37,22 @@ class WeightFormats:
 
 @dataclasses.dataclass(frozen=True)
 class PackedMatrix:
-    """A packed weight, for the report."""
+    """A packed weight, for the report; ``as_stored`` if its numbers are the checkpoint's, bit for bit."""
 
     format: WeightFormat
+    as_stored: bool
     parameters: int
     bytes: int
 
 
-def pack_weights(graph: Graph, formats: WeightFormats, vocab_size: int) -> list[PackedMatrix]:
-    """Packs the weights of all products and look-ups of ``graph``, which is changed."""
-    packer = _Packer(formats, vocab_size)
+def pack_weights(
+    graph: Graph, formats: WeightFormats, vocab_size: int, stored: Mapping[str, StoredBlocks]
+) -> list[PackedMatrix]:
+    """Packs the weights of all products and look-ups of ``graph``, which is changed.
+
+    Those named in ``stored`` keep their numbers if a format holds them; ``formats`` are for the others.
+    """
+    packer = _Packer(formats, vocab_size, stored)
     for node in graph.nodes:
         if node.op in (MATMUL, EMBED):
             packer.pack_node(node)
@@ -43,10 +60,11 @@ def pack_weights(graph: Graph, formats: WeightFormats, vocab_size: int) -> list[
 
 
 class _Packer:
-    def __init__(self, formats: WeightFormats, vocab_size: int) -> None:
+    def __init__(self, formats: WeightFormats, vocab_size: int, stored: Mapping[str, StoredBlocks]) -> None:
         self.formats = formats
         self.vocab_size = vocab_size
-        self.known: dict[object, dict[str, Value]] = {}
+        self.stored = stored
+        self.known: dict[object, tuple[WeightFormat, dict[str, Value]]] = {}
         self.packed: list[PackedMatrix] = []
 
     def pack_node(self, node: Node) -> None:
@@ -58,7 +76,7 @@ class _Packer:
         key = (tuple(_identity(w.data) for w in weights), spec.gated, form)
         if key not in self.known:
             self.known[key] = self.pack(weights, spec.gated, form)
-        arrays = self.known[key]
+        form, arrays = self.known[key]
         others = []
         for role, value in pairs:
             if role == "bias":
@@ -70,15 +88,30 @@ class _Packer:
         node.inputs = tuple(value for _, value in operands)
         node.params = {"spec": dataclasses.replace(spec, operands=tuple(role for role, _ in operands), format=form)}
 
-    def pack(self, weights: list[Value], gated: bool, form: WeightFormat) -> dict[str, Value]:
-        matrices = [np.asarray(w.data, np.float32) for w in weights]
-        joined = _joined(matrices, gated)
-        packed = pack(joined, form)
-        name = weights[0].name if len(weights) == 1 else "+".join(w.name for w in weights)
+    def pack(self, weights: list[Value], gated: bool, form: WeightFormat) -> tuple[WeightFormat, dict[str, Value]]:
+        joined = _joined([np.asarray(w.data, np.float32) for w in weights], gated)
+        packed = self.pack_stored(weights, gated)
+        as_stored = packed is not None and np.array_equal(unpack(packed), joined)
+        if packed is None or not as_stored:
+            packed = pack(joined, form)
+        form, name = packed.format, "+".join(w.name for w in weights)
         arrays = {"values": packed.values, "scales": packed.scales, "offsets": packed.offsets}
         present = {role: array for role, array in arrays.items() if array is not None}
-        self.packed.append(PackedMatrix(form, sum(m.size for m in matrices), sum(a.nbytes for a in present.values())))
-        return {role: constant(array, f"{name}.{form.name}.{role}") for role, array in present.items()}
+        size = sum(int(np.size(w.data)) for w in weights)
+        self.packed.append(PackedMatrix(form, as_stored, size, sum(a.nbytes for a in present.values())))
+        return form, {role: constant(array, f"{name}.{form.name}.{role}") for role, array in present.items()}
+
+    def pack_stored(self, weights: list[Value], gated: bool) -> PackedWeight | None:
+        """The weights as the checkpoint has them; None unless they are all stored in one format that there is."""
+        stored = [self.stored[w.name] for w in weights if w.name in self.stored]
+        formats = {gguf_format(blocks.type_name) for blocks in stored}
+        shapes = [(w.data.shape[1], w.data.shape[0]) for w in weights]
+        if [blocks.shape for blocks in stored] != shapes or len(formats) > 1 or (form := formats.pop()) is None:
+            return None
+        split = [split_gguf(blocks.read(), blocks.type_name, blocks.shape[0]) for blocks in stored]
+        integers, scales, offsets = zip(*split, strict=True)
+        more = _joined(offsets, gated) if form.offsets else None
+        return pack_blocks(_joined(integers, gated), _joined(scales, gated), more, format=form)
 
 
 def padded_columns(columns: int) -> int:
@@ -86,7 +119,7 @@ def padded_columns(columns: int) -> int:
     return -(-columns // LANES) * LANES
 
 
-def _joined(parts: list[np.ndarray], gated: bool) -> np.ndarray:
+def _joined(parts: Sequence[np.ndarray], gated: bool) -> np.ndarray:
     """The columns of all parts: a gate's and its partner's by turns, others one part after the other."""
     if gated:
         return interleave_gated(*parts)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from distaff.compiler.ir import StoredBlocks
 from distaff.frontend.models import ModelConfig
 
 
@@ -19,11 +20,22 @@ class StoredTensor:
     """A tensor in a file: its logical ``shape``, its size in the file in bytes, and how to read it.
 
     ``read`` gives floating point numbers of any width, dequantised if need be; the array may be a view of the file.
+    ``blocks`` are what it is dequantised from, if it is a quantised matrix.
     """
 
     shape: tuple[int, ...]
     nbytes: int
     read: Callable[[], np.ndarray]
+    blocks: StoredBlocks | None = None
+
+    def reordered(self, order: Callable[[np.ndarray], np.ndarray]) -> StoredTensor:
+        """The tensor with its rows as ``order`` gives them; it may look at nothing but the first dimension."""
+
+        def after(read: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+            return lambda: order(read())
+
+        blocks = self.blocks and dataclasses.replace(self.blocks, read=after(self.blocks.read))
+        return dataclasses.replace(self, read=after(self.read), blocks=blocks)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from distaff.compiler.ir import StoredBlocks
 from distaff.frontend import linen as nn
 from distaff.frontend.loading.checkpoint import Checkpoint
 from distaff.frontend.loading.errors import TensorMismatchError
@@ -34,6 +35,13 @@ def load_params(
         _insert(params, path, jnp.asarray(value))
         advance(tensor.nbytes)
     return params
+
+
+def stored_blocks(checkpoint: Checkpoint, module: nn.Module) -> dict[str, StoredBlocks]:
+    """What the checkpoint holds of the parameters that are quantised matrices, by path with dots between the keys."""
+    rows = rows_by_path(checkpoint.config)
+    found = {path: checkpoint.tensors[rows[path].name].blocks for path in parameter_shapes(module)}
+    return {path.replace("/", "."): blocks for path, blocks in found.items() if blocks is not None}
 
 
 def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -1,5 +1,7 @@
 """Opening a GGUF file: tensors under their Hugging Face names and in Hugging Face layout, dequantised as they are read.
 
+The blocks of quantised matrices can be had as they are, too.
+
 llama.cpp's converter stores three things otherwise than Hugging Face does, and they are undone here: in architecture
 "llama" the rows of queries and keys are reordered for interleaved rotary pairs, Gemma's norms contain their "one
 plus", and stretched rotary frequencies come as the tensor ``rope_freqs.weight``.
@@ -11,12 +13,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from distaff.compiler.ir import StoredBlocks
 from distaff.frontend.loading.checkpoint import Checkpoint, StoredTensor
 from distaff.frontend.loading.errors import CheckpointFormatError, MissingDependencyError
 from distaff.frontend.loading.gguf_config import config_of_metadata, end_tokens
@@ -88,7 +90,18 @@ def open_gguf(path: Path, dtype: str) -> Checkpoint:
 def _tensor(tensor: Any, path: Path) -> StoredTensor:
     """A tensor as it lies in the file. GGUF names dimensions from the innermost out."""
     shape = tuple(int(size) for size in reversed(tensor.shape))
-    return StoredTensor(shape, int(tensor.n_bytes), functools.partial(_dequantize, tensor, shape, path))
+    return StoredTensor(
+        shape, int(tensor.n_bytes), functools.partial(_dequantize, tensor, shape, path), _blocks(tensor, shape)
+    )
+
+
+def _blocks(tensor: Any, shape: tuple[int, ...]) -> StoredBlocks | None:
+    import gguf
+
+    block_size, _ = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+    if block_size == 1 or len(shape) != 2:
+        return None
+    return StoredBlocks(tensor.tensor_type.name, (shape[0], shape[1]), lambda: tensor.data.reshape(shape[0], -1))
 
 
 def _dequantize(tensor: Any, shape: tuple[int, ...], path: Path) -> np.ndarray:
@@ -113,26 +126,19 @@ def _hf_name(name: str, architecture: str) -> str:
 
 def _undo(name: str, tensor: StoredTensor, architecture: str, config: ModelConfig) -> StoredTensor:
     """The tensor with the converter's change undone, if it made one."""
-    change: Callable[[np.ndarray], np.ndarray]
     if architecture == "llama" and re.search(r"\.attn_q\.(weight|bias)$", name):
-        change = functools.partial(_halves_together, heads=config.num_heads)
-    elif architecture == "llama" and re.search(r"\.attn_k\.(weight|bias)$", name):
-        change = functools.partial(_halves_together, heads=config.num_kv_heads)
-    elif architecture == "gemma2" and name.endswith("norm.weight"):
-        change = _less_one
-    else:
-        return tensor
-    return dataclasses.replace(tensor, read=lambda: change(tensor.read()))
+        return tensor.reordered(functools.partial(_halves_together, heads=config.num_heads))
+    if architecture == "llama" and re.search(r"\.attn_k\.(weight|bias)$", name):
+        return tensor.reordered(functools.partial(_halves_together, heads=config.num_kv_heads))
+    if architecture == "gemma2" and name.endswith("norm.weight"):
+        return dataclasses.replace(tensor, read=lambda: tensor.read() - 1, blocks=None)
+    return tensor
 
 
 def _halves_together(rows: np.ndarray, heads: int) -> np.ndarray:
     """Rows of each head from rotary pairs side by side to first halves, then second halves."""
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-def _less_one(weight: np.ndarray) -> np.ndarray:
-    return weight - 1
 
 
 def _with_rope_factors(config: ModelConfig, tensor: StoredTensor) -> ModelConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from distaff.compiler.ir import StoredBlocks
 from distaff.frontend import linen as nn
 from distaff.frontend.loading.checkpoint import Checkpoint, TokenizerFiles
-from distaff.frontend.loading.convert import load_params
+from distaff.frontend.loading.convert import load_params, stored_blocks
 from distaff.frontend.loading.gguf_file import open_gguf
 from distaff.frontend.loading.huggingface import open_folder
 from distaff.frontend.loading.source import locate
@@ -27,6 +28,8 @@ class LoadedModel:
 
     ``eos_token_ids`` end a generation; ``max_model_len`` is the longest sequence in tokens; ``tokenizer`` is None if
     the checkpoint has none; ``fingerprint`` changes whenever the files, the config, the tokenizer or the dtype do.
+    ``blocks`` are the parameters that the checkpoint holds quantised, as it has them, by path ("embed.embedding");
+    the compiler can keep them so. In ``params`` they are dequantised.
     """
 
     name: str
@@ -39,6 +42,7 @@ class LoadedModel:
     max_model_len: int
     tokenizer: TokenizerFiles | None
     fingerprint: str
+    blocks: Mapping[str, StoredBlocks]
 
     def apply(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
         """The plain forward pass: int32 tokens ``[B, S]`` to float32 logits ``[B, S, vocab]``."""
@@ -78,6 +82,7 @@ def load_model(
         max_model_len=limit,
         tokenizer=checkpoint.tokenizer,
         fingerprint=checkpoint.fingerprint,
+        blocks=stored_blocks(checkpoint, module),
     )
 
 

@@ -1,7 +1,7 @@
 """Products with packed weight matrices in float32, bfloat16, int8 and int4, and what is fused with them."""
 
 from distaff.kernels.matmul.formats import WeightFormat, WeightFormatError
-from distaff.kernels.matmul.gguf_blocks import pack_gguf, split_gguf
+from distaff.kernels.matmul.gguf_blocks import gguf_format, pack_gguf, split_gguf
 from distaff.kernels.matmul.operation import MatmulSpec, call_attributes, embed_rows, matmul
 from distaff.kernels.matmul.packing import (
     PackedWeight,
@@ -21,6 +21,7 @@ __all__ = [
     "WeightFormatError",
     "call_attributes",
     "embed_rows",
+    "gguf_format",
     "interleave_gated",
     "matmul",
     "pack",

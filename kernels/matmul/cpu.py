@@ -17,8 +17,8 @@ _NORM_WEIGHT, _BIAS, _RESIDUAL, _LIVE = 1, 2, 4, 8  # bits of the attribute `ope
 
 
 def _refuses(attributes: Attributes) -> str | None:
-    if not set(_TARGETS.values()) <= native.register():
-        return "was not built with this installation"
+    if not native.available():
+        return "is not built: this installation was made without a C++ compiler"
     spec: MatmulSpec = attributes["spec"]
     if spec.format.kind == "int8" and not spec.format.group and spec.rows > INT8_MOST_ROWS:
         return f"takes at most {INT8_MOST_ROWS} rows of an int8 weight without groups"
@@ -36,6 +36,7 @@ def matmul(
     live: jax.Array | None,
 ) -> list[jax.Array]:
     """`distaff.kernels.matmul.matmul`."""
+    native.register()
     optional = {_NORM_WEIGHT: norm_weight, _BIAS: bias, _RESIDUAL: residual, _LIVE: live}
     given = {bit: array for bit, array in optional.items() if array is not None}
     widths = spec.parts or (spec.out_columns,)
@@ -58,6 +59,7 @@ def matmul(
 @register("matmul.embed_rows", "native", platforms=("cpu",), priority=10, refuses=_refuses)
 def embed_rows(spec: MatmulSpec, arrays: tuple[jax.Array, ...], tokens: jax.Array) -> jax.Array:
     """`distaff.kernels.matmul.embed_rows`."""
+    native.register()
     shape = jax.ShapeDtypeStruct((tokens.shape[0], spec.rows), np.float32)
     call = jax.ffi.ffi_call(_TARGETS["matmul.embed_rows"], shape, vmap_method="sequential")
     return call(tokens, *arrays, **_weight_attributes(spec))

@@ -70,21 +70,23 @@ class WeightFormat:
 
     @property
     def name(self) -> str:
-        """A short name that `parse` reads: f32, bf16, int8, int8g64, int4g32, q4_1 ..."""
+        """A short name that `parse` reads: f32, bf16, int8-channel, int8g64, int4g32, q4_1 ..."""
         if not self.quantised:
             return _SHORT[self.kind]
         if self.offsets and (self.kind, self.group) == ("int4", 32):
             return "q4_1"
-        return f"{self.kind}g{self.group}{'o' * self.offsets}" if self.group else self.kind
+        return f"{self.kind}g{self.group}{'o' * self.offsets}" if self.group else f"{self.kind}-channel"
 
     @classmethod
     def parse(cls, name: str) -> WeightFormat:
-        """The format of that `name`; also of GGUF's q8_0, q4_0, q4_1 and the long names; int4 alone has groups of 32.
+        """The format of that `name`; also of GGUF's q8_0, q4_0, q4_1 and the long names.
 
-        Raises `WeightFormatError`.
+        int8 and int4 alone are in groups of 32. Raises `WeightFormatError`.
         """
-        if name == "int4":
-            return cls("int4", 32)
+        if name in ("int8", "int4"):
+            return cls(name, 32)
+        if name == "int8-channel":
+            return cls("int8")
         if name.lower() in _GGUF:
             kind, offsets = _GGUF[name.lower()]
             return cls(kind, 32, offsets)
@@ -92,7 +94,7 @@ class WeightFormat:
         found = re.fullmatch(r"([a-z0-9]+?)(?:g(\d+)(o?))?", long)
         if found is None:
             raise WeightFormatError(
-                f"no weight format {name!r}; write f32, bf16, int8, int8g64, int4g32, q4_0, q4_1 ..."
+                f"no weight format {name!r}; write f32, bf16, int8, int8g64, int8-channel, int4, q4_1 ..."
             )
         return cls(found[1], int(found[2] or 0), bool(found[3]))
 

@@ -16,6 +16,12 @@ from distaff.kernels.matmul.packing import PackedWeight, pack_blocks
 Array: TypeAlias = np.ndarray[Any, Any]
 
 _GROUP = 32
+_TYPES = ("Q8_0", "Q4_0", "Q4_1")
+
+
+def gguf_format(type_name: str) -> WeightFormat | None:
+    """The format that holds blocks of ggml's ``type_name`` exactly; None if there is none."""
+    return WeightFormat.parse(type_name) if type_name in _TYPES else None
 
 
 def pack_gguf(data: Array, type_name: str, columns: int) -> PackedWeight:

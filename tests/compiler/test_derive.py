@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from distaff.compiler.pipeline import derive, derive_serve_step
+from distaff.compiler.validate import float32_products
 
 KERNEL = {
     "causal_where": ("causal", {}),
@@ -247,3 +248,12 @@ def test_bfloat16_models_cache_bits_on_a_cpu():
     step = derived(zoo.decoder(zoo.causal_where, rope=False), params)
     assert {c.dtype for c in step.caches} == {"uint16" if jax.default_backend() == "cpu" else "bfloat16"}
     assert step.report["validation"]["relative_error"] < 0.05
+
+
+def test_the_bound_follows_what_a_platform_makes_of_float32(monkeypatch):
+    with jax.default_matmul_precision("default"):
+        for platform, expected in {"cpu": "float32", "gpu": "tensorfloat32", "tpu": "bfloat16"}.items():
+            monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+            assert float32_products() == expected
+    with jax.default_matmul_precision("highest"):
+        assert float32_products() == "float32"

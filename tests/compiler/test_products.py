@@ -178,7 +178,7 @@ def test_biases_activations_and_residuals_are_folded():
     ]
 
 
-@pytest.mark.parametrize("kind", ["f32", "bf16", "int8", "int8g32", "int4g32", "q4_1"])
+@pytest.mark.parametrize("kind", ["f32", "bf16", "int8-channel", "int8", "int4", "q4_1"])
 def test_tied_tables_are_packed_once_and_errors_are_reported(kind, monkeypatch):
     monkeypatch.setattr(cleanup, "FOLD_LIMIT", 64)  # the table counts as a large one
     report = served(biased, biased_parameters(4), kind, passages=[[1, 2, 3, 4, 5, 6, 7, 8]] * 2, kv_dtype="bfloat16")

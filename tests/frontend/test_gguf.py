@@ -7,7 +7,16 @@ import sys
 import numpy as np
 import pytest
 from tiny_checkpoints import make_reference, random_tokens, reference_logits, relative_error
-from tiny_gguf import ARCHITECTURES, converted, model_metadata, permute, reference_from_gguf, write_gguf
+from tiny_gguf import (
+    ARCHITECTURES,
+    converted,
+    metadata,
+    model_metadata,
+    numpy_tensors,
+    permute,
+    reference_from_gguf,
+    write_gguf,
+)
 
 from distaff.frontend.loading import CheckpointFormatError, MissingDependencyError, TensorMismatchError, load_model
 from distaff.frontend.models import ConfigError, UnsupportedArchitectureError
@@ -60,41 +69,6 @@ def test_transformers_reads_the_same_from_the_file(family, tmp_path):
             layer.self_attn.scaling = 16**-0.5
     loaded, tokens = load(tmp_path / "m.gguf"), random_tokens(3)
     assert relative_error(loaded.apply(loaded.params, tokens), reference_logits(theirs, tokens)) < 1e-4
-
-
-def numpy_tensors(hidden=8, vocab=20, seed=0):
-    """A llama of one layer, hand-made: 2 heads, 1 kv head, head_dim hidden // 2."""
-    rng = np.random.default_rng(seed)
-    size = hidden // 2
-    shapes = {
-        "token_embd.weight": (vocab, hidden),
-        "output_norm.weight": (hidden,),
-        "blk.0.attn_norm.weight": (hidden,),
-        "blk.0.ffn_norm.weight": (hidden,),
-        "blk.0.attn_q.weight": (hidden, hidden),
-        "blk.0.attn_k.weight": (size, hidden),
-        "blk.0.attn_v.weight": (size, hidden),
-        "blk.0.attn_output.weight": (hidden, hidden),
-        "blk.0.ffn_gate.weight": (hidden, hidden),
-        "blk.0.ffn_up.weight": (hidden, hidden),
-        "blk.0.ffn_down.weight": (hidden, hidden),
-    }
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def metadata(hidden=8, **changes):
-    fields = {
-        "context_length": 64,
-        "embedding_length": hidden,
-        "feed_forward_length": hidden,
-        "block_count": 1,
-        "attention.head_count": 2,
-        "attention.head_count_kv": 1,
-        "attention.layer_norm_rms_epsilon": 1e-5,
-        "rope.freq_base": 10000.0,
-        "rope.dimension_count": hidden // 2,
-    } | changes
-    return {name: value for name, value in fields.items() if value is not None}
 
 
 @pytest.mark.smoke
@@ -200,6 +174,25 @@ def test_rotary_rows_are_put_back(tmp_path):
             attention[name]["kernel"], tensors[f"blk.0.attn_{part}.weight"].T.reshape(8, heads, 4)
         )
     assert permute(np.arange(4), 1).tolist() == [0, 2, 1, 3]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_1"])
+def test_blocks_are_given_as_stored_in_the_order_of_the_parameters(kind, tmp_path):
+    def type_of(name, value):
+        return QUANTS[kind] if value.ndim == 2 and "ffn_up" not in name else None
+
+    loaded = load(write_gguf(tmp_path / "m.gguf", "llama", numpy_tensors(64), metadata(64), type_of))
+    attention = {f"layers_0.attention.{part}.kernel" for part in ("query", "key", "value", "output")}
+    assert set(loaded.blocks) == attention | {"layers_0.mlp.gate.kernel", "layers_0.mlp.down.kernel", "embed.embedding"}
+    for path, blocks in loaded.blocks.items():
+        parameter = loaded.params
+        for key in path.split("."):
+            parameter = parameter[key]
+        dequantised = gguf.quants.dequantize(blocks.read(), QUANTS[kind])
+        assert blocks.type_name == kind and blocks.shape == dequantised.shape
+        rows = parameter if path == "embed.embedding" else np.reshape(parameter, blocks.shape[::-1]).T
+        np.testing.assert_array_equal(dequantised, rows)
 
 
 @pytest.mark.smoke

@@ -26,7 +26,7 @@ from distaff.kernels.matmul import (
 )
 from distaff.kernels.registry import explain
 
-FORMATS = ["f32", "bf16", "int8", "int8g32", "int8g64o", "int8g128", "int4g32", "int4g64", "int4g128o", "q4_1"]
+FORMATS = ["f32", "bf16", "int8-channel", "int8g32", "int8g64o", "int8g128", "int4g32", "int4g64", "int4g128o", "q4_1"]
 ACTIVATIONS = {
     None: lambda x: x,
     "silu": lambda x: x / (1 + np.exp(-x)),
@@ -156,7 +156,7 @@ calls = st.builds(
 @NATIVE
 @settings(max_examples=150, deadline=None)
 @given(calls)
-@example(Call("int8", 1, 2000, 70, norm=True))
+@example(Call("int8-channel", 1, 2000, 70, norm=True))
 @example(Call("bf16", 5, 1600, 200, norm=True, gated=True, activation="silu"))
 @example(Call("int4g32", 7, 1600, 200, residual=True))
 def test_native_is_right(call):
@@ -205,7 +205,7 @@ def test_embedding_reads_columns_exactly(format, platform):
 
 @pytest.mark.parametrize("platform", [pytest.param("cpu", marks=NATIVE), "tpu"])
 def test_tokens_outside_the_matrix_read_the_nearest_column(platform):
-    call = Call("int8", 1, 40, 20)
+    call = Call("int8-channel", 1, 40, 20)
     shape = {"format": call.weight_format, "rows": 40, "columns": 20, "platform": platform}
     found = embed_rows(call.packed.arrays, jnp.array([-5, 20, 10**6], jnp.int32), **shape)
     assert np.array_equal(np.asarray(found), unpack(call.packed)[:, [0, 19, 19]].T)

@@ -39,13 +39,14 @@ def test_names_read_back(format):
 def test_names_of_gguf_and_of_kinds():
     assert WeightFormat.parse("Q4_0") == WeightFormat("int4", 32)
     assert WeightFormat.parse("q4_1") == WeightFormat("int4", 32, offsets=True)
-    assert WeightFormat.parse("q8_0") == WeightFormat("int8", 32)
+    assert WeightFormat.parse("q8_0") == WeightFormat.parse("int8") == WeightFormat("int8", 32)
+    assert WeightFormat.parse("int8-channel") == WeightFormat("int8")
     assert WeightFormat.parse("bfloat16") == WeightFormat("bfloat16")
 
 
 def test_bytes_per_weight_are_those_of_gguf():
     assert [WeightFormat.parse(n).bytes_per_weight * 8 for n in ("q4_0", "q4_1", "q8_0")] == [4.5, 5, 8.5]
-    assert [WeightFormat.parse(n).bytes_per_weight for n in ("f32", "bf16", "int8")] == [4, 2, 1]
+    assert [WeightFormat.parse(n).bytes_per_weight for n in ("f32", "bf16", "int8-channel")] == [4, 2, 1]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from distaff.kernels import native
 from distaff.kernels.registry import choose, explain
 from distaff.kernels.sampling import INVALID_TOKEN, cpu, draw_tokens, greedy_tokens, serving, token_logprobs, xla
 
-built = pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
+usable = native.available() and jax.default_backend() == "cpu"
+built = pytest.mark.skipif(not usable, reason="the native kernels are not built, or JAX does not run on the CPU")
 implementations = pytest.mark.parametrize("kernels", [xla, pytest.param(cpu, marks=built)])
 
 

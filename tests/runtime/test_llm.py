@@ -100,6 +100,8 @@ def test_refusals_leave_nothing_running(artifact):
         LLM(artifact, block_size=8)
     with pytest.raises(EngineConfigError, match="dtype bfloat16"):
         LLM(artifact, dtype="bfloat16")
+    with pytest.raises(EngineConfigError, match="quantization is for a model that is compiled"):
+        LLM(artifact, quantization="int8")
     assert LLM(artifact, dtype="float32", block_size=4).engine.max_model_len == 64
 
 

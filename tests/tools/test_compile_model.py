@@ -11,9 +11,11 @@ from tiny_step import one_request
 
 import distaff.frontend.loading as loading
 from distaff.compiler.artifact import Manifest
+from distaff.compiler.ir import StoredBlocks
+from distaff.kernels import native
 from distaff.runtime.model_runner import ModelRunner
 from distaff.tools import compile_model, compile_on_demand
-from distaff.tools.compile_on_demand import artifact_for
+from distaff.tools.compile_on_demand import CompileOptions, NothingStoredError, artifact_for
 
 VOCAB, WIDTH, HEADS = 64, 32, 4
 SMALL = ["--dtype", "float32", "--max-model-len", "48", "--buckets", "decode=2 mixed=8x2", "--page-size", "4"]
@@ -47,6 +49,7 @@ def loaded(**changes):
         max_model_len=99,
         tokenizer=None,
         fingerprint="abc",
+        blocks={},
     )
     return SimpleNamespace(**{**values, **changes})
 
@@ -129,6 +132,42 @@ def test_wrong_usage_ends_with_2_before_anything_is_loaded(tmp_path, loads):
         assert result.exit_code == 2
         assert message in result.stderr
     assert loads == []
+
+
+def test_blocks_are_kept_unless_a_dtype_is_asked_for():
+    blocks = {
+        "embed": StoredBlocks("Q8_0", (VOCAB, WIDTH), lambda: None),
+        "q": StoredBlocks("Q4_0", (WIDTH, WIDTH), lambda: None),
+        "k": StoredBlocks("Q6_K", (WIDTH, WIDTH), lambda: None),
+    }
+    model = loaded(blocks=blocks, config=SimpleNamespace(vocab_size=VOCAB))
+
+    def kept(**options):
+        return set(CompileOptions(**options).stored(model))
+
+    assert kept() == ({"embed", "q"} if native.available() else set())
+    assert kept(quantize="gguf") == kept(quantize="gguf", dtype="float32") == {"embed", "q"}
+    assert kept(quantize="gguf", quantize_tables="int4") == {"q"}
+    for options in ({"dtype": "float32"}, {"quantize": "none"}, {"quantize": "int8"}):
+        assert kept(**options) == set()
+
+
+def test_nothing_to_keep_ends_with_2(tmp_path, loads):
+    result = run("toy", "-o", tmp_path / "a", "--quantize", "gguf", *SMALL)
+    assert result.exit_code == 2
+    assert "nothing of toy can be kept as it is: its matrices are not quantised" in result.stderr
+    with pytest.raises(NothingStoredError, match="its matrices are Q5_0, Q6_K, and Q8_0"):
+        blocks = {name: StoredBlocks(name, (WIDTH, WIDTH), lambda: None) for name in ("Q6_K", "Q5_0")}
+        CompileOptions(quantize="gguf").stored(loaded(blocks=blocks))
+
+
+@pytest.mark.parametrize(
+    ("quantize", "formats"),
+    [("int8", ("int8g32", "int8g32")), ("int4", ("int4g32", "int8g32")), ("q4_1", ("q4_1", "int8g32"))],
+)
+def test_formats_that_names_stand_for(quantize, formats):
+    chosen = CompileOptions(quantize=quantize).weight_formats()
+    assert (chosen.matrices.name, chosen.tables.name) == formats
 
 
 OPTIONS = {"max_model_len": 48, "buckets": "mixed=8x2", "page_size": 4}

@@ -122,6 +122,7 @@ def test_wrong_usage_exits_with_2(flags):
         (["--max-model-len", "1k"], 2, "max_model_len is 1000"),
         (["--block-size", 8], 2, "--block-size is 8, but"),
         (["--dtype", "bfloat16"], 2, "compiled with float32"),
+        (["-q", "int8"], 2, "--quantization is for a model that is compiled"),
         (["--chat-template", "/nowhere.jinja"], 1, "/nowhere.jinja"),
         (["--chat-template", "{% if %}"], 1, "not valid Jinja"),
         (["--tokenizer", "/nowhere"], 1, "tokenizer.json"),

@@ -1,0 +1,315 @@
+"""The walk over an object graph, and its result kept on the root: a call verifies it instead of walking again.
+
+What a walk found holds as long as every object still has the very same attributes, every variable the same metadata,
+and every list, dict and changeable constant the same content. All of that is compared, by identity where that is
+enough; no assignment has to be noticed when it happens.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, pairwise
+from typing import Any
+
+import jax
+
+from distaff.frontend.nnx.filters import PathParts
+from distaff.frontend.nnx.graphdef import (
+    LEAF,
+    NO_METADATA,
+    Constant,
+    GraphDef,
+    NodeDef,
+    NodeRef,
+    Spec,
+    VariableDef,
+    fingerprint,
+    iter_specs,
+    may_change,
+)
+from distaff.frontend.nnx.kinds import Kind, kind_of
+from distaff.frontend.nnx.pytrees import Pytree, sorted_attributes
+from distaff.frontend.nnx.variables import Variable
+
+_MAX_KEPT = 4  # structures kept on one root: of it alone, and with others as arguments of functions
+
+
+class AttributeCell:
+    """An array that is an attribute of a node. Has of a ``Variable`` what gathering and assigning values needs."""
+
+    __slots__ = ("attributes", "name")
+
+    def __init__(self, attributes: dict[str, Any], name: str) -> None:
+        self.attributes = attributes
+        self.name = name
+
+    @property
+    def _raw_value(self) -> Any:
+        return self.attributes[self.name]
+
+    def write(self, value: Any) -> None:
+        """Assign it."""
+        self.attributes[self.name] = value
+
+
+class ItemCell:
+    """An array inside a container, which is not assigned: the container is replaced instead."""
+
+    __slots__ = ("_raw_value",)
+
+    def __init__(self, value: Any) -> None:
+        self._raw_value = value
+
+
+Cell = Variable[Any] | AttributeCell | ItemCell
+
+
+def key_of(entry: Any) -> Any:
+    """What a key path's entry stands for in our paths."""
+    for name in ("key", "name", "idx"):
+        if hasattr(entry, name):
+            return getattr(entry, name)
+    return entry
+
+
+def container_items(container: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    """Keys and children of a container, and its treedef if it is not a plain list, tuple or dict."""
+    if type(container) in (list, tuple):
+        return list(enumerate(container)), None
+    if type(container) is dict:
+        try:
+            return sorted(container.items(), key=lambda item: (type(item[0]).__name__, item[0])), None
+        except TypeError:
+            return list(container.items()), None
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(container, is_leaf=lambda x: x is not container)
+    return [(key_of(path[0]), child) for path, child in pairs], treedef
+
+
+class Walk:
+    """One pass over some roots, which share one numbering of nodes and variables.
+
+    Args:
+        graph: follow shared references and cycles; otherwise all must be a tree, and what stands in containers is data.
+    """
+
+    def __init__(self, graph: bool = True) -> None:
+        self._graph = graph
+        self._index: dict[int, int] = {}
+        self._open: set[int] = set()  # nodes that the walk is inside of
+        self.objects: list[Any] = []
+        self.cells: list[Cell] = []
+        self.dicts: list[dict[str, Any]] = []
+        self.containers: list[tuple[Any, list[Any], Any]] = []
+        self.changeable: list[Constant] = []
+
+    def visit(self, x: Any, as_data: bool = False) -> Spec:
+        """The definition of a value; with ``as_data`` it is a leaf if it is nothing else."""
+        kind = kind_of(x)
+        if kind is Kind.VARIABLE:
+            return self._variable(x)
+        if kind is Kind.NODE:
+            return self._node(x)
+        if kind is Kind.CONTAINER:
+            return self._container(x)
+        if kind is Kind.DATA or as_data:
+            self.cells.append(ItemCell(x))
+            return LEAF
+        return self._constant(x)
+
+    def _constant(self, x: Any) -> Constant:
+        constant = Constant(x)
+        if may_change(x):
+            self.changeable.append(constant)
+        return constant
+
+    def _number(self, x: Any) -> int:
+        index = self._index[id(x)] = len(self.objects)
+        self.objects.append(x)
+        return index
+
+    def _variable(self, x: Variable[Any]) -> VariableDef | NodeRef:
+        known = self._index.get(id(x))
+        if known is not None:
+            if not self._graph:
+                raise ValueError(self._alias_message(x))
+            return NodeRef(type(x), known)
+        self.cells.append(x)
+        metadata = x._var_metadata
+        return VariableDef(type(x), self._number(x), Constant(metadata) if metadata else NO_METADATA)
+
+    def _node(self, node: Pytree) -> NodeDef | NodeRef:
+        known = self._index.get(id(node))
+        if known is not None and (self._graph or id(node) in self._open):
+            if not self._graph:
+                raise ValueError(self._alias_message(node))
+            return NodeRef(type(node), known)
+        index = self._number(node)
+        attributes = node.__dict__
+        self.dicts.append(attributes)
+        statuses = node._pytree__nodes
+        opaque = not node._pytree__is_pytree
+        if not self._graph:
+            self._open.add(id(node))
+        specs: list[tuple[Any, Spec]] = []
+        for key, name in sorted_attributes(node):
+            value = attributes[name]
+            kind = kind_of(value)
+            status = statuses.get(name) if statuses else None
+            spec: Spec
+            if kind is Kind.VARIABLE:
+                spec = self._variable(value)
+            elif kind is Kind.NODE:
+                spec = self._node(value)
+            elif kind is Kind.CONTAINER and (status or opaque):
+                spec = self._container(value)
+            elif (kind is Kind.DATA or status) and status is not False and value is not None:
+                self.cells.append(AttributeCell(attributes, name))
+                spec = LEAF
+            else:
+                spec = self._constant(value)
+            specs.append((key, spec))
+        if not self._graph:
+            self._open.discard(id(node))
+        own = attributes.get("_pytree__nodes")
+        return NodeDef(type(node), index, tuple(specs), tuple(own.items()) if own else None)
+
+    def _container(self, container: Any) -> NodeDef:
+        if id(container) in self._open:
+            raise ValueError(f"A {type(container).__name__} contains itself; use nnx.List or nnx.Dict for that.")
+        self._open.add(id(container))
+        items, treedef = container_items(container)
+        specs = tuple((key, self.visit(child, as_data=not self._graph)) for key, child in items)
+        self._open.discard(id(container))
+        if type(container) is not tuple:
+            self.containers.append((container, [child for _, child in items], treedef))
+        return NodeDef(type(container), None, specs, treedef)
+
+    def _alias_message(self, x: Any) -> str:
+        return (
+            f"Duplicate {type(x).__name__} found: in tree mode (graph=False) a variable may stand at one place only, "
+            "and no node inside itself. Remove the duplicate, make a copy with nnx.clone(), or use graph mode: "
+            "graph=True, or nnx.set_graph_mode(True)."
+        )
+
+
+class Structure:
+    """What a walk over some roots found.
+
+    Attributes:
+        specs: the definition of each root.
+        cells: the variables and arrays, in the order of the definitions.
+        num_cells: how many of them each root has.
+    """
+
+    def __init__(self, roots: Sequence[Any], graph: bool) -> None:
+        walk = Walk(graph)
+        specs, ends = [], [0]
+        for root in roots:
+            specs.append(walk.visit(root, as_data=True))
+            ends.append(len(walk.cells))
+        self.specs: tuple[Spec, ...] = tuple(specs)
+        self.cells = walk.cells
+        self.spans = list(pairwise(ends))
+        self.graph = graph
+        self._graphdef: GraphDef[Any] | None = None
+        self.kept: dict[Any, Any] = {}  # what functions derived from this structure
+        self._roots: tuple[Any, ...] = ()
+        self._dicts = walk.dicts
+        self._keys = list(chain.from_iterable(walk.dicts))
+        self._values = self._current_values()
+        self._variables = [cell for cell in walk.cells if isinstance(cell, Variable)]
+        self._metadata = [variable._var_metadata for variable in self._variables]
+        self._containers = walk.containers
+        self._changeable = walk.changeable
+        self._leaves = {(id(c.attributes), c.name) for c in walk.cells if isinstance(c, AttributeCell)}
+
+    @property
+    def graphdef(self) -> GraphDef[Any]:
+        """The definition of the first root."""
+        if self._graphdef is None:
+            start, end = self.spans[0]
+            self._graphdef = GraphDef(self.specs[0], end - start, self.graph)
+        return self._graphdef
+
+    def values(self) -> list[Any]:
+        """The raw values of the cells."""
+        return [cell._raw_value for cell in self.cells]
+
+    def keep_roots(self, roots: Iterable[Any], on_death: Callable[[Any], Any]) -> None:
+        """Remember which objects the roots are, without keeping them alive."""
+        self._roots = tuple(weakref.ref(root, on_death) for root in roots)
+
+    def _current_values(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._dicts)))
+
+    def is_current(self) -> bool:
+        """Whether another walk would find the same."""
+        keys = list(chain.from_iterable(self._dicts))
+        if len(keys) != len(self._keys) or not all(map(operator.is_, keys, self._keys)):
+            return False
+        values = self._current_values()
+        if not all(map(operator.is_, values, self._values)) and not self._only_leaves_differ(values):
+            return False
+        metadata = [variable._var_metadata for variable in self._variables]
+        if not all(map(operator.is_, metadata, self._metadata)):
+            return False
+        if self._changeable and any(fingerprint(c.value) != c.key for c in self._changeable):
+            return False
+        return all(_same_content(*entry) for entry in self._containers)
+
+    def _only_leaves_differ(self, values: list[Any]) -> bool:
+        """Whether the values that differ are those of array attributes; they are what is compared with from now on."""
+        owners = chain.from_iterable(zip([id(d)] * len(d), d, strict=True) for d in self._dicts)
+        for owner, new, old in zip(owners, values, self._values, strict=True):
+            if new is not old and not (
+                owner in self._leaves
+                and kind_of(new) in (Kind.DATA, Kind.STATIC)
+                and new is not None
+                and (kind_of(new) is kind_of(old))
+            ):
+                return False
+        self._values = values
+        return True
+
+
+def _same_content(container: Any, children: list[Any], treedef: Any) -> bool:
+    items, now = container_items(container)
+    return (
+        len(items) == len(children)
+        and now == treedef
+        and all(child is before for (_, child), before in zip(items, children, strict=True))
+    )
+
+
+def structure_of(roots: Sequence[Any], graph: bool = True) -> Structure:
+    """The structure of some roots with a joint numbering: the kept one if it still holds, or by a walk.
+
+    It is kept on the first root, if that is a node.
+    """
+    holder = roots[0] if roots else None
+    if not isinstance(holder, Pytree):
+        return Structure(roots, graph)
+    kept: dict[Any, Structure] | None = getattr(holder, "_pytree__structures", None)
+    if kept is None:
+        kept = {}
+        object.__setattr__(holder, "_pytree__structures", kept)
+    key = (graph, *map(id, roots))
+    found = kept.get(key)
+    if found is not None and found.is_current():
+        return found
+    made = Structure(roots, graph)
+    others = roots[1:]
+    if all(isinstance(root, Pytree | Variable) for root in others):
+        made.keep_roots(others, lambda _: kept.pop(key, None))
+        kept.pop(key, None)
+        while len(kept) >= _MAX_KEPT:
+            kept.pop(next(iter(kept)))
+        kept[key] = made
+    return made
+
+
+def paths_of(spec: Spec) -> list[PathParts]:
+    """The paths of the leaves of a definition."""
+    return [path for path, child in iter_specs(spec) if isinstance(child, VariableDef) or child is LEAF]

@@ -1,0 +1,118 @@
+"""Walking over object graphs: their values, children and duplicates, and copies with values replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from distaff.frontend.nnx.filters import Filter, PathParts, to_predicate
+from distaff.frontend.nnx.graphdef import graph_mode
+from distaff.frontend.nnx.kinds import Kind, kind_of
+from distaff.frontend.nnx.pytrees import Pytree, empty_node, is_data_attribute, sorted_attributes
+from distaff.frontend.nnx.structure import container_items
+from distaff.frontend.nnx.variables import Variable
+
+
+def _children(x: Any, graph: bool) -> list[tuple[Any, Any]]:
+    """Keys and children; in tree mode, only what JAX sees."""
+    if isinstance(x, Pytree):
+        named = ((key, name, x.__dict__[name]) for key, name in sorted_attributes(x))
+        return [(key, value) for key, name, value in named if graph or is_data_attribute(x, name, value)]
+    return container_items(x)[0] if kind_of(x) is Kind.CONTAINER else []
+
+
+def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[PathParts, Any]]:
+    """Paths and values of all that an object holds, children first, the object last; each node and variable once.
+
+    In graph mode static attributes are among them.
+
+    Raises:
+        ValueError: in tree mode, a node contains itself.
+    """
+    graph = graph_mode(graph)
+    seen: set[int] = set()
+
+    def walk(x: Any, path: PathParts, above: tuple[int, ...]) -> Iterator[tuple[PathParts, Any]]:
+        if isinstance(x, Pytree | Variable):
+            if graph and id(x) in seen:
+                return
+            if not graph and id(x) in above:
+                raise ValueError(f"The {type(x).__name__} at {path} contains itself, which only graph mode allows.")
+            seen.add(id(x))
+        for key, child in _children(x, graph):
+            yield from walk(child, (*path, key), (*above, id(x)) if not graph else above)
+        yield path, x
+
+    yield from walk(node, (), ())
+
+
+def iter_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Any, Any]]:
+    """Keys and values of the direct children that are nodes, variables or containers of them."""
+    for key, child in _children(node, graph_mode(graph)):
+        if isinstance(child, Pytree | Variable):
+            yield key, child
+
+
+def recursive_map(f: Any, node: Any, /, *, graph: bool | None = None) -> Any:
+    """A copy of an object in which each value ``x`` is replaced by ``f(path, x)``, children first; each node once.
+
+    Containers and nodes reach ``f`` with their children already replaced.
+    """
+    graph = graph_mode(graph)
+    done: dict[int, Any] = {}
+
+    def walk(x: Any, path: PathParts) -> Any:
+        if graph and id(x) in done:
+            return done[id(x)][1]
+        kind = kind_of(x)
+        if kind is Kind.NODE:
+            fresh = empty_node(type(x), x.__dict__)
+            done[id(x)] = x, fresh
+            for key, child in _children(x, graph):
+                fresh.__dict__[str(key)] = walk(child, (*path, key))
+            result = f(path, fresh)
+        elif kind is Kind.CONTAINER:
+            items, treedef = container_items(x)
+            children = [walk(child, (*path, key)) for key, child in items]
+            if treedef is not None:
+                result = f(path, treedef.unflatten(children))
+            elif isinstance(x, dict):
+                result = f(path, dict(zip((key for key, _ in items), children, strict=True)))
+            else:
+                result = f(path, type(x)(children))
+        else:
+            result = f(path, x)
+        if kind in (Kind.NODE, Kind.VARIABLE):
+            done[id(x)] = x, result
+        return result
+
+    return walk(node, ())
+
+
+def find_duplicates(node: Any, /, *, only: Filter = ...) -> list[list[PathParts]]:
+    """The paths of each node and variable that stands at more than one place, and that the filter ``only`` matches."""
+    matches = to_predicate(only)
+    paths: dict[int, list[PathParts]] = {}
+
+    def walk(x: Any, path: PathParts) -> None:
+        if isinstance(x, Pytree | Variable):
+            known = id(x) in paths
+            if matches(path, x):
+                paths.setdefault(id(x), []).append(path)
+            if known or (id(x) in visited):
+                return
+            visited.add(id(x))
+        for key, child in _children(x, True):
+            walk(child, (*path, key))
+
+    visited: set[int] = set()
+    walk(node, ())
+    return [found for found in paths.values() if len(found) > 1]
+
+
+def set_metadata(node: Any, /, *, only: Filter = Variable, **metadata: Any) -> None:
+    """Set metadata of all variables in an object that the filter ``only`` matches."""
+    matches = to_predicate(only)
+    for path, value in list(iter_graph(node, graph=True)):
+        if isinstance(value, Variable) and matches(path, value):
+            value.set_metadata(**metadata)

@@ -1,0 +1,621 @@
+"""Variables: boxes of one value (an array, mostly) that modules read and assign, with metadata that stays with them.
+
+A variable is shared by reference: two attributes may hold the same one. It may be assigned only while the JAX transform
+runs in which it was made; the transforms of this package hand their functions variables of their own and assign the
+outer ones afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import jax
+import numpy as np
+
+from distaff.frontend import errors
+from distaff.frontend.core import meta, spmd
+from distaff.frontend.jax_compat import running_trace
+from distaff.frontend.nnx import config
+from distaff.frontend.nnx.origin import Origin, describe_origin, find_origin
+
+A = TypeVar("A")
+_MISSING: Any = object()
+# Metadata is never changed in place: another dict is another version, which cached structures look at.
+_NO_METADATA: dict[str, Any] = {}
+_HOOKS = ("on_get_value", "on_set_value", "on_create_value", "on_add_axis", "on_remove_axis")
+# Metadata that every variable has; stored only where it differs from what is here.
+_DEFAULTS = {"hijax": False, "ref": False, "eager_sharding": True}
+
+
+@dataclasses.dataclass
+class VariableMetadata(Generic[A]):
+    """A value with the metadata and hooks that the variable made of it gets; what ``with_metadata`` returns."""
+
+    raw_value: A
+    on_set_value: tuple[Callable[..., Any], ...] = ()
+    on_get_value: tuple[Callable[..., Any], ...] = ()
+    on_create_value: tuple[Callable[..., Any], ...] = ()
+    on_add_axis: tuple[Callable[..., Any], ...] = ()
+    on_remove_axis: tuple[Callable[..., Any], ...] = ()
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def as_metadata(self) -> dict[str, Any]:
+        """Metadata and hooks in one dict, as a variable keeps them."""
+        hooks = {name: getattr(self, name) for name in _HOOKS}
+        return {**self.metadata, **{name: hook for name, hook in hooks.items() if hook}}
+
+
+class Variable(Generic[A]):
+    """A box of one value. Subclasses are the kinds that filters select by: ``nnx.Param``, ``nnx.BatchStat``...
+
+    ``variable[...]`` reads the value and ``variable[...] = x`` assigns it; ``variable[index]`` reads or assigns a part.
+    Arithmetic and ``jnp`` functions take a variable as its value, and its attributes are those of the value.
+
+    A subclass may define the hooks ``on_get_value(value)``, ``on_set_value(value)``, ``on_create_value(value)`` (each
+    returns the value to go on with), ``on_add_axis(index, name)`` and ``on_remove_axis(index, name)``.
+
+    Args:
+        value: the value, or the ``VariableMetadata`` that a wrapped initialiser returned.
+        ref: keep the value in a mutable array (``jax.Ref``).
+        eager_sharding: lay the value out by ``out_sharding`` now (default: ``nnx.use_eager_sharding``).
+        metadata: names and values that stay with the variable, such as ``out_sharding``.
+
+    Raises:
+        ValueError: ``out_sharding`` is given and there is no mesh to lay the value out on.
+        NotImplementedError: ``hijax=True``.
+    """
+
+    __slots__ = ("__weakref__", "_origin", "_raw_value", "_trace", "_var_metadata")
+    __array_priority__ = 100  # so that numpy arrays leave operators to us
+    _class_hooks: ClassVar[frozenset[str]] = frozenset()
+    required_metadata: ClassVar[frozenset[str]] = frozenset(_DEFAULTS)
+
+    _raw_value: Any
+    _trace: Any
+    _origin: Origin
+    _var_metadata: dict[str, Any]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._class_hooks = frozenset(name for name in _HOOKS if hasattr(cls, name))
+        _register(cls)
+
+    def __init__(
+        self,
+        value: A | VariableMetadata[A],
+        *,
+        hijax: bool | None = None,
+        ref: bool | None = None,
+        eager_sharding: bool | None = None,
+        **metadata: Any,
+    ) -> None:
+        if isinstance(value, VariableMetadata):
+            metadata = {**metadata, **value.as_metadata()}
+            value = value.raw_value
+        if hijax:
+            raise NotImplementedError(
+                "Variables as JAX types of their own (hijax=True) are not supported; leave it out."
+            )
+        _set_trace(self, running_trace())
+        _set_origin(self, find_origin())
+        eager = config.use_eager_sharding.current_value() if eager_sharding is None else eager_sharding
+        if not eager:
+            metadata["eager_sharding"] = False
+        _set_metadata(self, _with_current_names(metadata) if metadata else _NO_METADATA)
+        raw = self.create_value(value) if metadata or self._class_hooks else value
+        if eager and metadata:
+            raw = self._laid_out(raw)
+        if config.ref_by_default() if ref is None else ref:
+            raw = raw if isinstance(raw, jax.Ref) else jax.new_ref(raw)
+        _set_raw(self, raw)
+
+    def _laid_out(self, value: Any) -> Any:
+        names = self._var_metadata.get("out_sharding")
+        if not names or not hasattr(value, "shape") or isinstance(value, jax.ShapeDtypeStruct):
+            return value
+        return spmd.shard_value(value, names, self._var_metadata.get("sharding_rules"), self._var_metadata.get("mesh"))
+
+    # What it is.
+
+    @property
+    def type(self) -> type[Variable[Any]]:
+        """The class of the variable."""
+        return type(self)
+
+    var_type = type
+
+    @property
+    def hijax(self) -> bool:
+        """Whether the variable is a JAX type of its own: never."""
+        return False
+
+    @property
+    def ref(self) -> bool:
+        """Whether the value lies in a mutable array."""
+        return isinstance(self._raw_value, jax.Ref)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the value."""
+        return self._raw_value.shape  # type: ignore[no-any-return]
+
+    @property
+    def sharding_names(self) -> Any:
+        """The metadata ``out_sharding``: the name of the mesh axis (or None) of each dimension."""
+        return self._var_metadata.get("out_sharding")
+
+    # Metadata.
+
+    def get_metadata(
+        self, name: str | None = None, default: Any = _MISSING, *, exclude_required: bool | None = None
+    ) -> Any:
+        """One piece of metadata, or all in a new dict.
+
+        Args:
+            name: which; all if left out.
+            default: what to return if there is no such piece.
+            exclude_required: leave out what every variable has.
+
+        Raises:
+            KeyError: there is no such metadata and no ``default``.
+        """
+        if name is None:
+            required = {} if exclude_required else {**_DEFAULTS, "ref": self.ref}
+            own = self._var_metadata
+            if exclude_required:
+                own = {key: value for key, value in own.items() if key not in _DEFAULTS}
+            return {**required, **own}
+        if name == "ref":
+            return self.ref
+        if name in self._var_metadata or default is _MISSING:
+            return self._var_metadata[name] if name in self._var_metadata else _DEFAULTS[name]
+        return _DEFAULTS.get(name, default)
+
+    def has_metadata(self, name: str) -> bool:
+        """Whether there is metadata of that name."""
+        return name in self._var_metadata or name in _DEFAULTS
+
+    def set_metadata(self, *args: Any, **kwargs: Any) -> None:
+        """Set metadata: all of it (one dict), one piece (name and value), or some (keywords).
+
+        Raises:
+            TraceContextError: the variable was made outside the running JAX transform.
+            TypeError: other arguments.
+        """
+        self._check_can_update()
+        if kwargs and not args:
+            changed = {**self._var_metadata, **kwargs}
+        elif len(args) == 1 and not kwargs and isinstance(args[0], Mapping):
+            changed = dict(args[0])
+        elif len(args) == 2 and not kwargs:
+            changed = {**self._var_metadata, args[0]: args[1]}
+        else:
+            raise TypeError(
+                f"set_metadata takes a dict, or a name and a value, or keywords; got {len(args)} arguments and the "
+                f"keywords {sorted(kwargs)}."
+            )
+        _set_metadata(self, {k: v for k, v in changed.items() if k not in _DEFAULTS or v != _DEFAULTS[k]})
+
+    def del_metadata(self, name: str) -> None:
+        """Remove one piece of metadata.
+
+        Raises:
+            KeyError: there is none of that name.
+            TraceContextError: the variable was made outside the running JAX transform.
+        """
+        self._check_can_update()
+        changed = dict(self._var_metadata)
+        del changed[name]
+        _set_metadata(self, changed)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in Variable.__slots__:  # not yet set, as in an object that is being copied
+            raise AttributeError(name)
+        if name in self._var_metadata:
+            return self._var_metadata[name]
+        return getattr(self.get_value(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _ASSIGNABLE:
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute {name!r} to assign. Set metadata with "
+                f"variable.set_metadata({name}=value), and the value with variable[...] = value."
+            )
+        object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self.del_metadata(name)
+
+    # The value.
+
+    @property
+    def _can_update(self) -> bool:
+        return self._trace is running_trace()
+
+    def _check_can_update(self) -> None:
+        if self._trace is not running_trace():
+            raise errors.TraceContextError(
+                f"Cannot mutate {type(self).__name__} from a different trace level: it was made"
+                f"{describe_origin(self._origin)}, outside of the JAX transform that runs now. Pass the variable, or "
+                "the module that holds it, to the function as an argument and use the transform of nnx, such as "
+                "nnx.jit or nnx.grad."
+            )
+
+    def get_raw_value(self) -> A:
+        """What is stored, without hooks; a ``jax.Ref`` if the value lies in one."""
+        return self._raw_value  # type: ignore[no-any-return]
+
+    def set_raw_value(self, value: A, *, _unsafe_bypass_check: bool = False) -> None:
+        """Replace what is stored, without hooks.
+
+        Raises:
+            TraceContextError: the variable was made outside the running JAX transform.
+        """
+        if not _unsafe_bypass_check:
+            self._check_can_update()
+        _set_raw(self, value)
+
+    raw_value = property(get_raw_value, set_raw_value)
+
+    def write(self, value: Any) -> None:
+        """Store a value without hooks or checks: what transforms assign results with."""
+        _set_raw(self, value)
+
+    def create_value(self, value: A) -> A:
+        """The value to store at first: ``value`` after the hooks ``on_create_value``."""
+        return self._hooked("on_create_value", value)  # type: ignore[no-any-return]
+
+    def _hooked(self, name: str, value: Any) -> Any:
+        if name in self._class_hooks:
+            value = getattr(self, name)(value)
+        for hook in _as_tuple(self._var_metadata.get(name, ())):
+            value = hook(self, value)
+        return value
+
+    def get_value(self, *, index: Any = _MISSING) -> A:
+        """The value after the hooks ``on_get_value``; with ``index``, that part of it."""
+        value = self._raw_value
+        if isinstance(value, jax.Ref):
+            value = value[... if index is _MISSING else index]
+            index = _MISSING
+        if self._class_hooks or self._var_metadata:
+            value = self._hooked("on_get_value", value)
+        return value if index is _MISSING else value[index]  # type: ignore[no-any-return]
+
+    def set_value(self, value: A, *, index: Any = _MISSING) -> None:
+        """Assign the value, or with ``index`` a part of it, after the hooks ``on_set_value``.
+
+        Raises:
+            TraceContextError: the variable was made outside the running JAX transform.
+        """
+        if isinstance(value, Variable):
+            value = value.get_raw_value()
+        raw = self._raw_value
+        if isinstance(raw, jax.Ref):
+            raw[... if index is _MISSING else index] = self._hooked("on_set_value", value)
+            return
+        self._check_can_update()
+        if index is not _MISSING and isinstance(raw, jax.Array | np.ndarray):
+            value = self._with_part(raw, index, value)
+        elif index is not _MISSING:
+            raw[index] = value
+            return
+        if self._class_hooks or self._var_metadata:
+            value = self._hooked("on_set_value", value)
+        _set_raw(self, value)
+
+    @staticmethod
+    def _with_part(array: Any, index: Any, value: Any) -> Any:
+        if index is Ellipsis and jax.numpy.shape(value) == array.shape and isinstance(value, jax.Array):
+            return value
+        return jax.numpy.asarray(array).at[index].set(value)
+
+    value = property(lambda self: self.get_value(), lambda self, value: self.set_value(value))
+
+    def copy_from(self, other: Variable[A]) -> None:
+        """Take over the value and the metadata of a variable of the same type.
+
+        Raises:
+            ValueError: the types differ.
+            TraceContextError: this one was made outside the running JAX transform.
+        """
+        if type(self) is not type(other):
+            raise ValueError(f"Cannot copy a {type(other).__name__} into a {type(self).__name__}: the types differ.")
+        self.update_from_state(other)
+
+    def update_from_state(self, variable_state: Variable[A]) -> None:
+        """Take over the value and the metadata of another variable."""
+        self._check_can_update()
+        if isinstance(self._raw_value, jax.Ref) and not isinstance(variable_state._raw_value, jax.Ref):
+            self._raw_value[...] = variable_state._raw_value
+        else:
+            _set_raw(self, variable_state._raw_value)
+        if self._var_metadata != variable_state._var_metadata:
+            _set_metadata(self, variable_state._var_metadata)
+
+    # Copies.
+
+    def copy(self, value: Any = _MISSING, *, _copy_ref: bool = True, **updates: Any) -> Self:
+        """A new variable with the same value and metadata, but for what is given."""
+        raw = self._raw_value if value is _MISSING else value
+        if value is _MISSING and _copy_ref and isinstance(raw, jax.Ref):
+            raw = jax.new_ref(raw[...])
+        return self.from_metadata(raw, {**self._var_metadata, **updates} if updates else self._var_metadata)
+
+    replace = copy
+    to_state = copy
+
+    @classmethod
+    def from_metadata(cls, value: Any, attributes: dict[str, Any]) -> Self:
+        """A variable that stores ``value`` as it is, with this metadata; no hook runs."""
+        made = object.__new__(cls)
+        _set_raw(made, value)
+        _set_metadata(made, attributes)
+        _set_trace(made, running_trace())
+        _set_origin(made, ())
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_raw_value": self._raw_value, "_var_metadata": self._var_metadata}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _set_raw(self, state["_raw_value"])
+        _set_metadata(self, state["_var_metadata"])
+        _set_trace(self, running_trace())
+        _set_origin(self, ())
+
+    # Axes.
+
+    def add_axis(self, axis_index: int, axis_name: str | None) -> None:
+        """Run the hooks ``on_add_axis``: a transform inserted an axis."""
+        self._axis_hooks("on_add_axis", axis_index, axis_name)
+
+    def remove_axis(self, axis_index: int, axis_name: str | None) -> None:
+        """Run the hooks ``on_remove_axis``: a transform removed an axis."""
+        self._axis_hooks("on_remove_axis", axis_index, axis_name)
+
+    def _axis_hooks(self, name: str, index: int, axis_name: str | None) -> None:
+        if name in self._class_hooks:
+            getattr(self, name)(index, axis_name)
+        for hook in _as_tuple(self._var_metadata.get(name, ())):
+            hook(self, index, axis_name)
+
+    # As a value.
+
+    def __jax_array__(self) -> Any:
+        return self.get_value()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        return np.asarray(self.get_value(), dtype=dtype)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.get_value(index=key) if key is not Ellipsis or _has_parts(self._raw_value) else self.get_value()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if key is Ellipsis and not _has_parts(self._raw_value):
+            self.set_value(value)
+        else:
+            self.set_value(value, index=key)
+
+    def __delitem__(self, key: Any) -> None:
+        value: Any = self.get_value()
+        del value[key]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the value."""
+        value: Any = self.get_value()
+        return value(*args, **kwargs)
+
+    def __len__(self) -> int:
+        return len(self.get_value())  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.get_value())  # type: ignore[call-overload, no-any-return]
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.get_value()  # type: ignore[operator]
+
+    def __round__(self, ndigits: int = 0) -> Any:
+        return round(self.get_value(), ndigits)  # type: ignore[call-overload]
+
+    __hash__ = None  # type: ignore[assignment]  # equality compares values
+
+    def __repr__(self) -> str:
+        from distaff.frontend.nnx.representation import represent
+
+        return represent(self)
+
+
+_set_raw = Variable.__dict__["_raw_value"].__set__
+_set_trace = Variable.__dict__["_trace"].__set__
+_set_origin = Variable.__dict__["_origin"].__set__
+_set_metadata = Variable.__dict__["_var_metadata"].__set__
+_ASSIGNABLE = frozenset({"value", "raw_value", *Variable.__slots__})
+
+
+def _as_tuple(hooks: Any) -> Sequence[Callable[..., Any]]:
+    return hooks if isinstance(hooks, tuple | list) else (hooks,)
+
+
+def _has_parts(raw: Any) -> bool:
+    return isinstance(raw, jax.Array | np.ndarray | jax.Ref)
+
+
+def _with_current_names(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Older names of ``out_sharding`` replaced."""
+    for old in ("sharding", "sharding_names"):
+        if old in metadata:
+            metadata["out_sharding"] = metadata.pop(old)
+    return metadata
+
+
+def _operand(x: Any) -> Any:
+    return x.get_value() if isinstance(x, Variable) else x
+
+
+def _binary(function: Callable[[Any, Any], Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def forward(self: Variable[Any], other: Any) -> Any:
+        return function(self.get_value(), _operand(other))
+
+    def reflected(self: Variable[Any], other: Any) -> Any:
+        return function(_operand(other), self.get_value())
+
+    return forward, reflected
+
+
+def _unary(function: Callable[[Any], Any]) -> Callable[..., Any]:
+    return lambda self: function(self.get_value())
+
+
+def _in_place(self: Variable[Any], other: Any) -> Any:
+    raise NotImplementedError("Variables have no in-place operators. Use `variable[...] += x`.")
+
+
+def _add_operators() -> None:
+    import math
+
+    for name in "add sub mul matmul truediv floordiv mod pow lshift rshift and_ xor or_".split():
+        short = name.rstrip("_")
+        forward, reflected = _binary(getattr(operator, name))
+        setattr(Variable, f"__{short}__", forward)
+        setattr(Variable, f"__r{short}__", reflected)
+        setattr(Variable, f"__i{short}__", _in_place)
+    for name in ("eq", "ne", "lt", "le", "gt", "ge"):
+        setattr(Variable, f"__{name}__", _binary(getattr(operator, name))[0])
+    converters: dict[str, Callable[[Any], Any]] = {
+        "complex": complex,
+        "int": int,
+        "float": float,
+        "index": operator.index,
+        "trunc": math.trunc,
+    }
+    converters |= {"floor": math.floor, "ceil": math.ceil, "neg": operator.neg, "pos": operator.pos}
+    for name, function in {**converters, "abs": abs, "invert": operator.invert}.items():
+        setattr(Variable, f"__{name}__", _unary(function))
+
+
+def _register(cls: type[Variable[Any]]) -> None:
+    """Variables are pytree nodes: the value is the child, the metadata static."""
+
+    def flatten(variable: Variable[Any]) -> tuple[tuple[Any], Any]:
+        return (variable._raw_value,), tuple(sorted(variable._var_metadata.items()))
+
+    def flatten_with_keys(variable: Variable[Any]) -> tuple[tuple[Any], Any]:
+        children, metadata = flatten(variable)
+        return ((jax.tree_util.GetAttrKey("value"), children[0]),), metadata
+
+    def unflatten(metadata: Any, children: Iterable[Any]) -> Variable[Any]:
+        (value,) = children
+        return cls.from_metadata(value, dict(metadata) if metadata else _NO_METADATA)
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+
+
+_add_operators()
+_register(Variable)
+
+
+class Param(Variable[A]):
+    """A parameter, to be trained."""
+
+
+class BatchStat(Variable[A]):
+    """A statistic of the data, as batch normalisation keeps them."""
+
+
+class Cache(Variable[A]):
+    """A value kept from one call to the next, as attention keeps keys and values."""
+
+
+class Intermediate(Variable[A]):
+    """What ``Module.sow`` stores."""
+
+
+class Perturbation(Intermediate[A]):
+    """What ``Module.perturb`` adds to a value, to take the value's gradient."""
+
+
+def with_metadata(
+    initializer: Any,
+    on_set_value: Any = (),
+    on_get_value: Any = (),
+    on_create_value: Any = (),
+    on_add_axis: Any = (),
+    on_remove_axis: Any = (),
+    **metadata: Any,
+) -> Any:
+    """Wrap an initialiser so that a variable made of its value gets this metadata and these hooks.
+
+    A hook is ``hook(variable, value) -> value``, for axes ``hook(variable, index, name)``; one or several each.
+    """
+    given = (on_get_value, on_set_value, on_create_value, on_add_axis, on_remove_axis)
+    hooks: Any = {name: tuple(_as_tuple(hook)) for name, hook in zip(_HOOKS, given, strict=True)}
+
+    def init(*args: Any, **kwargs: Any) -> VariableMetadata[Any]:
+        return VariableMetadata(initializer(*args, **kwargs), **hooks, metadata=metadata)
+
+    return init
+
+
+# Names of types, as Linen's collections have them.
+
+_names: dict[str, type[Variable[Any]]] = {}
+
+
+def register_variable_name(name: str, typ: Any = _MISSING, *, overwrite: bool = False) -> Any:
+    """Give a variable type the name of a collection; without ``typ``, a class decorator.
+
+    Raises:
+        ValueError: the name is taken and ``overwrite`` is not set.
+    """
+    if typ is _MISSING:
+        return lambda cls: register_variable_name(name, cls, overwrite=overwrite)
+    if name in _names and not overwrite:
+        raise ValueError(f"The name {name!r} already belongs to {_names[name]}. Pass overwrite=True to replace it.")
+    _names[name] = typ
+    return typ
+
+
+def variable_name_from_type(typ: type[Variable[Any]], /, *, allow_register: bool = False) -> str:
+    """The registered name of a type; with ``allow_register`` the name of a new one is that of the class.
+
+    Raises:
+        ValueError: the type has no name.
+    """
+    for name, known in _names.items():
+        if known is typ:
+            return name
+    if not allow_register:
+        raise ValueError(f"{typ} has no name. Use nnx.register_variable_name, or pass allow_register=True.")
+    register_variable_name(typ.__name__, typ)
+    return typ.__name__
+
+
+def variable_type_from_name(
+    name: str, /, *, base: type[Variable[Any]] = Variable, allow_register: bool = False
+) -> type[Variable[Any]]:
+    """The type of a name; with ``allow_register`` an unknown name makes a new subclass of ``base``.
+
+    Raises:
+        ValueError: the name belongs to no type.
+    """
+    if name not in _names:
+        if not allow_register:
+            raise ValueError(f"No type is named {name!r}. Use nnx.register_variable_name, or pass allow_register=True.")
+        register_variable_name(name, type(name, (base,), {}))
+    return _names[name]
+
+
+for _name, _type in {
+    "params": Param,
+    "batch_stats": BatchStat,
+    "cache": Cache,
+    "intermediates": Intermediate,
+    "perturbations": Perturbation,
+}.items():
+    register_variable_name(_name, _type)
+
+PARTITION_NAME = meta.PARTITION_NAME
