@@ -39,7 +39,7 @@ sanitize: $(VENV)/.test
 aarch64: $(VENV)/.test
 	$(VENV)/bin/cmake -S . -B build/$@ -DPython_EXECUTABLE=$(abspath $(PY)) -DDISTAFF_TESTS=ON \
 	  -DPython_INCLUDE_DIR=$$($(PY) -c "import sysconfig; print(sysconfig.get_path('include'))") \
-  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$@ -DCMAKE_CXX_COMPILER=$@-linux-gnu-g++ \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$@ -DCMAKE_CXX_COMPILER=$@-linux-gnu-g++ \
 	  -DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_CROSSCOMPILING_EMULATOR=qemu-$@
 	$(VENV)/bin/cmake --build build/$@ --target native_tests && $(VENV)/bin/ctest --test-dir build/$@ --output-on-failure
 

@@ -97,7 +97,8 @@ struct MatmulKernels {
   void (*block)(const Matmul&, const Block&, float* scratch);
 };
 
-extern const MatmulKernels kMatmulGeneric, kMatmulAvx2, kMatmulAvx512, kMatmulAvx512Vnni, kMatmulAvx512Bf16;
+extern const MatmulKernels kMatmulGeneric, kMatmulAvx2, kMatmulAvx512, kMatmulAvx512Vnni, kMatmulAvx512Bf16,
+    kMatmulAmx;
 
 constexpr int64_t kWidenedRows = 128, kWidenedPanels = 4;  // of W, made float32 at a time
 

@@ -8,6 +8,9 @@
 #include "matmul.h"
 #include "simd_math.h"
 #include "tiles.h"
+#ifdef DISTAFF_HAS_MATRIX_UNIT
+#include "matrix_unit_tiles.h"
+#endif
 
 namespace distaff {
 namespace {
@@ -171,6 +174,28 @@ TileFunction tile_of_rows(const Matmul& call, int64_t rows) {
   return tile_of<R, P>(call);
 }
 
+// How many rows the tiles of a call have at most, and the kernel for some of them.
+struct TileChoice {
+  int64_t rows;
+  TileFunction (*of)(const Matmul&, int64_t rows);
+};
+
+template <int P>
+TileChoice choose_tiles(const Matmul& call) {
+#ifdef DISTAFF_HAS_MATRIX_UNIT
+  if constexpr (P > 1) {
+    if (call.activations.kind == Activations::Kind::kBfloat16) {
+      return {MatrixUnit::kRows, [](const Matmul&, int64_t) -> TileFunction { return unit_bf16_tile<P>; }};
+    }
+    if (call.activations.kind == Activations::Kind::kInt8 && call.weight.group == 0) {
+      return {MatrixUnit::kRows, [](const Matmul&, int64_t) -> TileFunction { return unit_int8_tile<P>; }};
+    }
+  }
+#endif
+  (void)call;
+  return {Simd::kRows, tile_of_rows<Simd::kRows, P>};
+}
+
 // --- blocks ---
 
 // Rows of W made float32: steps of the panels at `t`, [panel][row][16].
@@ -214,7 +239,8 @@ void multiply(const Matmul& call, const Block& block, int64_t panel, float* c, i
   const int64_t step_rows = weight.step_rows(), steps = weight.padded_rows() / step_rows;
   const int64_t piece = call.widens() ? kWidenedRows / step_rows : 24 * 1024 / kStepBytes / P;
   const int64_t rows = block.row_end - block.row_begin;
-  const int64_t tiles = (rows + Simd::kRows - 1) / Simd::kRows;
+  const TileChoice choice = choose_tiles<P>(call);
+  const int64_t tiles = (rows + choice.rows - 1) / choice.rows;
   for (int64_t step = 0; step < steps; step += piece) {
     Tile t{};
     t.w = weight.values + panel * weight.panel_bytes() + step * kStepBytes;
@@ -254,6 +280,7 @@ void multiply(const Matmul& call, const Block& block, int64_t panel, float* c, i
     for (int64_t i = 0, row = 0; i < tiles; ++i) {
       const int64_t count = rows / tiles + (i < rows % tiles);
       const int64_t at = (block.row_begin + row) * groups + group;
+      t.rows = count;
       t.a = activations.values + (block.row_begin + row) * activations.stride + step * a_step;
       t.c = c + row * c_stride;
       t.next = next + i * t.steps * t.next_step;
@@ -262,7 +289,7 @@ void multiply(const Matmul& call, const Block& block, int64_t panel, float* c, i
         t.a_shifts = activations.shifts + at;
         t.a_sums = activations.sums + at;
       }
-      tile_of_rows<Simd::kRows, P>(call, count)(t);
+      choice.of(call, count)(t);
       row += count;
     }
   }

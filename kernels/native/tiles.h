@@ -10,6 +10,7 @@ namespace {
 
 // What a micro-kernel works on: some rows of activations, some panels, some steps of both.
 struct Tile {
+  int64_t rows;
   const uint8_t* a;
   int64_t a_stride;  // bytes from row to row
   const uint8_t* w;
