@@ -170,7 +170,8 @@ inline void locate(const Call& call, int64_t request, int64_t position, int64_t 
 
 // What a query's softmax has seen so far.
 struct Running {
-  float highest = kLowest, total = 0;
+  float highest = kLowest;
+  Simd::F total = Simd::zero();  // in any of the lanes
 };
 
 // The columns of a tile of keys: those from `first` to `end` are visible, `columns` is a multiple of kLanes.
@@ -187,6 +188,7 @@ template <class Weight>
 float weigh(const Call& call, float slope, const Columns& keys, float* scores, Weight* weights, Running& running) {
   Simd::F best = Simd::all(running.highest);
   const bool partial = keys.first > 0 || keys.end < keys.columns;
+  const bool changes = partial || keys.key_steps != nullptr || call.softcap != 0 || slope != 0;
   for (int64_t i = 0; i < keys.columns; i += kLanes) {
     Simd::F s = Simd::load(scores + i);
     if (keys.key_steps != nullptr) s = Simd::mul(s, Simd::load(keys.key_steps + i));
@@ -199,21 +201,21 @@ float weigh(const Call& call, float slope, const Columns& keys, float* scores, W
       const auto below = [i](int64_t column) { return (1u << most(0, least(column - i, kLanes))) - 1; };
       s = Simd::choose(below(keys.end) & ~below(keys.first), s, Simd::all(-kInfinity));
     }
-    Simd::store(scores + i, s);
+    if (changes) Simd::store(scores + i, s);
     best = Simd::max(best, s);
   }
   const float before = running.highest;
   running.highest = Simd::largest(best);
   const float shrink = before == running.highest ? 1.0f : exp(before - running.highest);
   const Simd::F highest = Simd::all(running.highest);
-  Simd::F total = Simd::zero();
+  Simd::F total = Simd::mul(running.total, Simd::all(shrink));
   for (int64_t i = 0; i < keys.columns; i += kLanes) {
     Simd::F weight = exp(Simd::sub(Simd::load(scores + i), highest));
     total = Simd::add(total, weight);
     if (keys.value_steps != nullptr) weight = Simd::mul(weight, Simd::load(keys.value_steps + i));
     Simd::store(weights + i, weight);
   }
-  running.total = running.total * shrink + Simd::sum(total);
+  running.total = total;
   return shrink;
 }
 
@@ -235,10 +237,10 @@ inline void finish(const Call& call, int64_t token, int64_t head, float highest,
 // Finishes a head of a token, or leaves what `merge` needs.
 inline void deliver(const Call& call, const Piece& piece, int64_t token, int64_t head, const Running& running,
                     float* values) {
-  if (piece.partial == nullptr) return finish(call, token, head, running.highest, running.total, values);
+  if (piece.partial == nullptr) return finish(call, token, head, running.highest, Simd::sum(running.total), values);
   float* partial = piece.partial + ((token - piece.token) * piece.heads + head - piece.head) * (2 + call.values.size);
   partial[0] = running.highest;
-  partial[1] = running.total;
+  partial[1] = Simd::sum(running.total);
   memcpy(partial + 2, values, call.values.size * sizeof *values);
 }
 
