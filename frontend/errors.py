@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import sysconfig
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ _STDLIB = sysconfig.get_paths()["stdlib"] + "/"
 
 
 def is_user_code(filename: str) -> bool:
+    """Whether a file is neither ours nor JAX's nor Python's own."""
     if filename.startswith(_OWN) or "/jax/" in filename or filename == "<string>" or filename.startswith("<frozen"):
         return False
     return not filename.startswith(_STDLIB) or "-packages/" in filename
@@ -39,6 +41,12 @@ def _wrong_right(wrong: str, right: str) -> str:
         f"\n    Wrong:\n{textwrap.indent(textwrap.dedent(wrong).strip(), indent)}"
         f"\n    Right:\n{textwrap.indent(textwrap.dedent(right).strip(), indent)}"
     )
+
+
+def _listed(collections: Iterable[str]) -> str:
+    """Collections for the reader: ``the collections "params", "cache"``."""
+    names = ", ".join(f'"{name}"' for name in collections)
+    return f"the collections {names}" if names else "no collections"
 
 
 def _restore(cls: type[FlaxError], message: str) -> FlaxError:
@@ -112,8 +120,9 @@ class LazyInitError(FlaxError):
 
     def __init__(self, partial_val: object) -> None:
         super().__init__(
-            f"A variable of type {partial_val} depends on the value of an input that was passed to lazy_init as "
-            "jax.ShapeDtypeStruct. Pass an array for that input, or initialise the variable from its shape only."
+            f"Lazy init encountered a value of type {partial_val}: a variable depends on the value of an input that "
+            "was passed to lazy_init as jax.ShapeDtypeStruct. Pass an array for that input, or initialise the variable "
+            "from its shape only."
             + _wrong_right(
                 "self.param('mean', lambda key: x.mean(0))", "self.param('mean', nn.initializers.zeros, x.shape[1:])"
             )
@@ -132,8 +141,8 @@ class InvalidFilterError(FlaxError):
 
     def __init__(self, filter_like: object) -> None:
         super().__init__(
-            f"Invalid collection filter {filter_like!r} of type {type(filter_like).__name__}. Pass True (all), False "
-            "(none), a collection name such as 'batch_stats', a list of names, or nn.DenyList(names)."
+            f'Invalid Filter: "{filter_like}" is of type {type(filter_like).__name__}. Pass True '
+            "(all), False (none), a collection name such as 'batch_stats', a list of names, or nn.DenyList(names)."
         )
 
 
@@ -142,7 +151,7 @@ class InvalidScopeError(FlaxError):
 
     def __init__(self, scope_name: str | None) -> None:
         super().__init__(
-            f"The scope {scope_name or '/'!r} is no longer valid: it was used after the call of init or apply that "
+            f'The scope "{scope_name or "/"}" is no longer valid: it was used after the call of init or apply that '
             "created it had returned. Return arrays from that call, not modules or scopes; or use module.bind."
         )
 
@@ -152,8 +161,9 @@ class ApplyScopeInvalidVariablesTypeError(FlaxError):
 
     def __init__(self) -> None:
         super().__init__(
-            "The first argument of apply must be a dictionary of collections, each a dictionary with string keys, as "
-            "init returns it." + _wrong_right("model.apply(params, x)", "model.apply({'params': params}, x)")
+            "The first argument passed to an apply function should be a dictionary of collections, each a dictionary "
+            "with string keys, as init returns it."
+            + _wrong_right("model.apply(params, x)", "model.apply({'params': params}, x)")
         )
 
 
@@ -162,7 +172,8 @@ class ApplyScopeInvalidVariablesStructureError(FlaxError):
 
     def __init__(self, variables: object) -> None:
         super().__init__(
-            'The variables given to apply have the structure {"params": {"params": ...}}; expected {"params": ...}.'
+            'Expect the `variables` (first argument) passed to apply() to be a dict with the structure {"params": '
+            '...}, but got a dict with an extra params layer, i.e.  {"params": {"params": ... }} .'
             + _wrong_right(
                 "variables = model.init(key, x)\nmodel.apply({'params': variables}, x)",
                 "variables = model.init(key, x)\nmodel.apply(variables, x)",
@@ -173,10 +184,11 @@ class ApplyScopeInvalidVariablesStructureError(FlaxError):
 class ScopeCollectionNotFound(FlaxError):
     """A variable was read from a collection that was not given at all."""
 
-    def __init__(self, col_name: str, var_name: str, scope_path: str) -> None:
+    def __init__(self, col_name: str, var_name: str, scope_path: str, given: Iterable[str] = ()) -> None:
         super().__init__(
-            f'Module "{scope_path}" reads "{var_name}" from the collection "{col_name}", which is empty or was not '
-            f'passed to apply. Pass it, as in model.apply({{"{col_name}": ...}}, x); init returns all collections.'
+            f'Tried to access "{var_name}" from collection "{col_name}" in "{scope_path}" but the collection is empty. '
+            f"apply was given {_listed(given)}. Pass the collection too, as in "
+            f'model.apply({{"{col_name}": ...}}, x); init returns all of them.'
         )
 
 
@@ -185,7 +197,7 @@ class ScopeParamNotFoundError(FlaxError):
 
     def __init__(self, param_name: str, scope_path: str) -> None:
         super().__init__(
-            f'No parameter "{param_name}" at "{scope_path}" among the params passed to apply. Either the parameters '
+            f'Could not find parameter named "{param_name}" in scope "{scope_path}". Either the params passed to apply '
             "belong to another model or configuration, or a module was renamed: compare their tree with "
             "jax.eval_shape(model.init, key, x)."
         )
@@ -196,8 +208,8 @@ class ScopeVariableNotFoundError(FlaxError):
 
     def __init__(self, name: str, col: str, scope_path: str) -> None:
         super().__init__(
-            f'No variable "{name}" in collection "{col}" at "{scope_path}", and the collection is not mutable, so it '
-            f'cannot be created. Pass a value for it, or call apply with mutable=["{col}"].'
+            f'No Variable named "{name}" for collection "{col}" exists in "{scope_path}", and the collection is not '
+            f'mutable in this call, so it cannot be created. Pass a value for it, or call apply with mutable=["{col}"].'
         )
 
 
@@ -208,9 +220,9 @@ class ScopeParamShapeError(FlaxError):
         self, param_name: str, scope_path: str, value_shape: tuple[int, ...], init_shape: tuple[int, ...]
     ) -> None:
         super().__init__(
-            f'Parameter "{param_name}" at "{scope_path}" was passed with shape {value_shape}, but the module declares '
-            f"shape {init_shape}. Check that the model's configuration and the shape of its input are those that the "
-            "parameters were made for."
+            f'For parameter "{param_name}" in "{scope_path}", the given initializer is expected to generate shape '
+            f"{init_shape}, but the existing parameter it received has shape {value_shape}. Check that the model's "
+            "configuration and the shape of its input are those that the parameters were made for."
         )
 
 
@@ -219,7 +231,8 @@ class ModifyScopeVariableError(FlaxError):
 
     def __init__(self, col: str, variable_name: str, scope_path: str) -> None:
         super().__init__(
-            f'Cannot update "{variable_name}" at "{scope_path}": the collection "{col}" is immutable in this call.'
+            f'Cannot update variable "{variable_name}" in "{scope_path}" because collection "{col}" is immutable in '
+            "this call; make it mutable."
             + _wrong_right(
                 "y = model.apply(variables, x)", f"y, updates = model.apply(variables, x, mutable=['{col}'])"
             )
@@ -238,7 +251,8 @@ class PartitioningUnspecifiedError(FlaxError):
 
     def __init__(self, target: object) -> None:
         super().__init__(
-            f"A transform adds or removes an axis of the partitioned variable {target}, but does not name it. Pass "
+            'Trying to transform a Partitioned variable but "partition_name" is not specified in metadata_params: '
+            f"{target}. Name the axis that the transform adds or removes: "
             "metadata_params={nn.PARTITION_NAME: 'layers'} (or None for a replicated axis) to the transform."
         )
 
@@ -251,8 +265,8 @@ class NameInUseError(FlaxError):
 
     def __init__(self, key_type: str, value: str, module_name: str) -> None:
         super().__init__(
-            f'Could not create {key_type} "{value}" in module {module_name}: the name is already in use there. Names '
-            "of submodules, parameters and variables of one module must differ; to use a submodule twice, create it "
+            f'Could not create {key_type} "{value}" in Module {module_name}: Name in use. Names of '
+            "submodules, parameters and variables of one module must differ; to use a submodule twice, create it "
             "once and call it twice."
             + _wrong_right(
                 "x = nn.Dense(4, name='layer')(x)\nx = nn.Dense(4, name='layer')(x)",
@@ -266,7 +280,8 @@ class AssignSubModuleError(FlaxError):
 
     def __init__(self, cls: str) -> None:
         super().__init__(
-            f"Submodule {cls} must be created in setup() or in a method wrapped in @nn.compact."
+            f"Submodule {cls} must be defined in `setup()` or in a method wrapped in `@compact`, where its parent can "
+            "give it a name."
             + _wrong_right(
                 f"def __call__(self, x):\n    return {cls}(...)(x)",
                 f"@nn.compact\ndef __call__(self, x):\n    return {cls}(...)(x)",
@@ -278,9 +293,7 @@ class MultipleMethodsCompactError(FlaxError):
     """More than one method of a class is marked ``@compact``, where only one may be."""
 
     def __init__(self) -> None:
-        super().__init__(
-            "Only one method of this class may be marked @nn.compact; create what the others use in setup()."
-        )
+        super().__init__("Only one method per class can be @compact; create what the others use in setup().")
 
 
 class SetAttributeInModuleSetupError(FlaxError):
@@ -302,9 +315,9 @@ class SetAttributeFrozenModuleError(FlaxError):
 
     def __init__(self, module_cls: str, attr_name: str, attr_val: object) -> None:
         super().__init__(
-            f"Can't set {attr_name}={attr_val} on a module of type {module_cls}: modules are frozen outside setup(). "
-            "Assign to attributes in setup(), keep state in self.variable(...), and make changed copies with "
-            f"module.clone({attr_name}=...)."
+            f"Can't set {attr_name}={attr_val} for Module of type {module_cls}: Module instance is frozen outside of "
+            "setup method. Assign to attributes in setup(), keep state in self.variable(...), and make changed copies "
+            f"with module.clone({attr_name}=...)."
         )
 
 
@@ -312,7 +325,7 @@ class ReservedModuleAttributeError(FlaxError):
     """A module class declares ``parent`` or ``name`` with another type."""
 
     def __init__(self, annotations: object) -> None:
-        super().__init__(f"The fields `parent` and `name` are reserved in modules; rename yours: {annotations}")
+        super().__init__(f"properties `parent` and `name` are reserved: {annotations}. Rename yours.")
 
 
 class ApplyModuleInvalidMethodError(FlaxError):
@@ -320,8 +333,8 @@ class ApplyModuleInvalidMethodError(FlaxError):
 
     def __init__(self, method: object) -> None:
         super().__init__(
-            f"{method!r} is not a function that takes a module as its first argument. Pass method='encode', "
-            "method=Model.encode or method=lambda module, x: module.encode(x)."
+            f"Cannot call apply(): {method} is not a valid function for apply(): its first argument must "
+            "be the module. Pass method='encode', method=Model.encode or method=lambda module, x: module.encode(x)."
         )
 
 
@@ -343,8 +356,8 @@ class CallSetupUnboundModuleError(FlaxError):
 
     def __init__(self) -> None:
         super().__init__(
-            "Can't call setup() on unbound modules; init, apply and bind call it. To reach what it defines, use "
-            "module.bind(variables)."
+            "Can't call compact methods on unbound modules, nor setup(): init, apply and bind call it. To reach "
+            "what it defines, use module.bind(variables)."
             + _wrong_right(
                 "model.setup()\nencoder = model.encoder",
                 "encoder = model.bind(variables).encoder",
@@ -357,7 +370,7 @@ class CallUnbindOnUnboundModuleError(FlaxError):
 
     def __init__(self) -> None:
         super().__init__(
-            "Can't call unbind() on unbound modules."
+            "Can't call `unbind()` on unbound modules."
             + _wrong_right(
                 "module, variables = model.unbind()", "module, variables = model.bind(variables).encoder.unbind()"
             )
@@ -368,7 +381,9 @@ class CallShareScopeOnUnboundModuleError(FlaxError):
     """``share_scope`` was called with an unbound module."""
 
     def __init__(self) -> None:
-        super().__init__("Can't call share_scope on unbound modules. Call it in setup(), where both modules are bound.")
+        super().__init__(
+            "Can't call `share_scope` on unbound modules. Call it in setup(), where both modules are bound."
+        )
 
 
 class InvalidInstanceModuleError(FlaxError):
@@ -376,8 +391,8 @@ class InvalidInstanceModuleError(FlaxError):
 
     def __init__(self) -> None:
         super().__init__(
-            "init, init_with_output, apply and bind are called on an instance of a module, not on its class."
-            + _wrong_right("nn.Dense.init(key, x)", "nn.Dense(features=4).init(key, x)")
+            "Can only call init, init_with_output or apply methods on an instance of the Module class, not the Module "
+            "class itself; bind too." + _wrong_right("nn.Dense.init(key, x)", "nn.Dense(features=4).init(key, x)")
         )
 
 
@@ -386,7 +401,7 @@ class IncorrectPostInitOverrideError(FlaxError):
 
     def __init__(self) -> None:
         super().__init__(
-            "__post_init__ was overridden without calling super().__post_init__()."
+            "Overrode `.__post_init__()` without calling `super().__post_init__()`."
             + _wrong_right(
                 "def __post_init__(self):\n    self.hidden = 4 * self.features",
                 "def __post_init__(self):\n    self.hidden = 4 * self.features\n    super().__post_init__()",
@@ -399,8 +414,8 @@ class DescriptorAttributeError(FlaxError):
 
     def __init__(self, name: str = "", module_cls: str = "") -> None:
         super().__init__(
-            f"The property {name!r} of module {module_cls} reads an attribute that does not exist; the error above "
-            "names it."
+            f"Trying to access a property that is accessing a non-existent attribute: {name!r} of {module_cls}; the "
+            "error above names the attribute."
         )
 
 
@@ -411,16 +426,19 @@ class AlreadyExistsError(FlaxError):
     """A file exists and must not be overwritten."""
 
     def __init__(self, path: object) -> None:
-        super().__init__(f'The file "{path}" exists. Pass overwrite=True to replace it, or write to another path.')
+        super().__init__(
+            f'Trying overwrite an existing file: "{path}". Pass overwrite=True to replace it, or write to another path.'
+        )
 
 
-class InvalidCheckpointError(FlaxError):
+class InvalidCheckpointError(FlaxError, ValueError):
     """A checkpoint was to be saved where there is one of the same or a later step."""
 
     def __init__(self, path: str, step: object) -> None:
         super().__init__(
-            f"Cannot save a checkpoint of step {step} at {path}: there is one of this step or a later one. Restore "
-            "that and go on from there, save in another folder, or pass overwrite=True to replace it and all after it."
+            f'Trying to save an outdated checkpoint at step: "{step}" and path: "{path}". There is one of this step or '
+            "a later one: restore that and go on from there, save in another folder, or pass overwrite=True to replace "
+            "it and all after it."
         )
 
 
@@ -460,15 +478,17 @@ class CursorFindError(FlaxError):
 
     def __init__(self, cursor: Any = None, cursor2: Any = None) -> None:
         if cursor is not None and cursor2 is not None:
-            found = f"more than one object, the first two at {cursor._path} and {cursor2._path}"
+            super().__init__(
+                "More than one object found given the conditions of the cond_fn. The first two objects found have the "
+                f"following paths: {cursor._path} and {cursor2._path} . Narrow the condition, or use find_all."
+            )
         else:
-            found = "no object"
-        super().__init__(f"The condition was to match exactly one object and matched {found}. Change the condition.")
+            super().__init__("No object found given the conditions of the cond_fn. Paths are like 'params/dense/bias'.")
 
 
 class TraverseTreeError(FlaxError):
     """A tree was to be traversed with both or neither of an update and a condition."""
 
     def __init__(self, update_fn: object, cond_fn: object) -> None:
-        given = "neither" if update_fn is None and cond_fn is None else "both"
-        super().__init__(f"Pass exactly one of update_fn and cond_fn; {given} were given.")
+        given = "None" if update_fn is None and cond_fn is None else "not None"
+        super().__init__(f"Both update_fn and cond_fn are {given}. Exactly one of them must be {given}.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -104,6 +104,11 @@ def from_state_dict(target: Any, state: Any, name: str = ".") -> Any:
         return handlers[1](target, state)
 
 
+def _listed(names: Iterable[str]) -> str:
+    """Names as a set is written, in order."""
+    return f"{{{', '.join(map(repr, sorted(names)))}}}"
+
+
 def fields_to_state_dict(target: Any, names: Sequence[str]) -> dict[str, Any]:
     """The state of an object's attributes ``names``."""
     return {name: to_state_dict(getattr(target, name)) for name in names}
@@ -111,11 +116,12 @@ def fields_to_state_dict(target: Any, names: Sequence[str]) -> dict[str, Any]:
 
 def fields_from_state_dict(target: Any, state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The restored attributes ``names`` of an object; ``state`` must have these and no other."""
-    for problem, found in (("lacks", set(names) - state.keys()), ("has unknown", state.keys() - set(names))):
-        if found:
-            raise ValueError(
-                f"The state for {type(target).__name__} at {current_path()} {problem} the field(s) {sorted(found)}."
-            )
+    where = f"in state dict while restoring an instance of {type(target).__name__}, at path {current_path()}"
+    for name in names:
+        if name not in state:
+            raise ValueError(f"Missing field {name} {where}")
+    if unknown := state.keys() - set(names):
+        raise ValueError(f'Unknown field(s) "{", ".join(sorted(unknown))}" {where}')
     return {name: from_state_dict(getattr(target, name), state[name], name) for name in names}
 
 
@@ -131,7 +137,10 @@ def dict_from_state(xs: Mapping[Any, Any], state: Mapping[str, Any]) -> dict[Any
     """The restored items of a mapping; what the state has besides is left out."""
     missing = {str(key) for key in xs} - state.keys()
     if missing:
-        raise ValueError(f"The state at {current_path()} lacks the keys {sorted(missing)} of the target.")
+        raise ValueError(
+            "The target dict keys and state dict keys do not match, target dict contains keys "
+            f"{_listed(missing)} which are not present in state dict at path {current_path()}"
+        )
     return {key: from_state_dict(value, state[str(key)], str(key)) for key, value in xs.items()}
 
 
@@ -141,13 +150,21 @@ def _items_to_state(xs: Sequence[Any]) -> dict[str, Any]:
 
 def _items_from_state(xs: Sequence[Any], state: Mapping[str, Any]) -> list[Any]:
     if len(state) != len(xs):
-        raise ValueError(f"The target at {current_path()} has {len(xs)} items, its state has {len(state)}.")
+        raise ValueError(
+            f"The size of the list and the state dict do not match, got {len(xs)} and {len(state)} at path "
+            f"{current_path()}"
+        )
     return [from_state_dict(x, state[str(i)], str(i)) for i, x in enumerate(xs)]
 
 
 def _named_tuple_from_state(xs: Any, state: Mapping[str, Any]) -> Any:
     if state.keys() == {"name", "fields", "values"}:  # as Flax wrote named tuples before 2022
         state = {name: state["values"][i] for i, name in state["fields"].items()}
+    if state.keys() != set(xs._fields):
+        raise ValueError(
+            "The field names of the state dict and the named tuple do not match, got "
+            f"{_listed(state)} and {_listed(xs._fields)} at path {current_path()}"
+        )
     return type(xs)(**fields_from_state_dict(xs, state, xs._fields))
 
 

@@ -2,7 +2,8 @@
 
 An operation is a folder here and an implementation is a file in it that calls `register` when it is imported; the
 files of a folder are imported when the operation is first looked up. So a new platform or format is one new file. A
-folder may hold more operations on the same things, named ``folder.operation``.
+folder may hold more operations on the same things, named ``folder.operation``. An operation says with `usual_calls`
+what a model asks of it, so that `survey` can tell who serves what.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 _PACKAGE = __name__.rpartition(".")[0]
 _implementations: dict[str, dict[str, Implementation]] = {}
+_usual_calls: dict[str, Callable[[], Mapping[str, Attributes]]] = {}
 
 
 class UnknownOperationError(LookupError):
@@ -60,6 +62,20 @@ class Verdict:
     reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What `survey` says of one usual call of an operation: every implementation's verdict, highest priority first."""
+
+    operation: str
+    call: str
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def served_by(self) -> str | None:
+        """The name of the implementation that is chosen."""
+        return next((verdict.implementation.name for verdict in self.verdicts if verdict.chosen), None)
+
+
 def register(
     operation: str,
     name: str,
@@ -87,6 +103,31 @@ def register(
         return function
 
     return add
+
+
+def usual_calls(operation: str) -> Callable[[Function], Function]:
+    """Decorator of a function that gives the attributes of usual calls of ``operation`` by what they are for."""
+
+    def add(function: Function) -> Function:
+        _usual_calls[operation] = function
+        return function
+
+    return add
+
+
+def survey(platform: str) -> tuple[Choice, ...]:
+    """Which implementation serves each usual call of every operation on ``platform`` (XLA's name), and why not others.
+
+    Imports the files of all operations.
+    """
+    for module in pkgutil.iter_modules(importlib.import_module(_PACKAGE).__path__):
+        if module.ispkg:
+            import_files(module.name)
+    return tuple(
+        Choice(operation, call, explain(operation, platform, attributes))
+        for operation, calls in sorted(_usual_calls.items())
+        for call, attributes in calls().items()
+    )
 
 
 def explain(operation: str, platform: str, attributes: Attributes) -> tuple[Verdict, ...]:
@@ -118,15 +159,18 @@ def choose(operation: str, platform: str, attributes: Attributes) -> Implementat
 
 
 def _candidates(operation: str) -> Collection[Implementation]:
-    _import_files(operation)
+    import_files(operation)
     if operation not in _implementations:
         raise UnknownOperationError(f"no file of {_PACKAGE}.{operation} registers an implementation of {operation!r}")
     return _implementations[operation].values()
 
 
 @functools.cache
-def _import_files(operation: str) -> None:
-    """Imports every file in the operation's folder, so that each can register itself."""
+def import_files(operation: str) -> None:
+    """Imports every file in the operation's folder, so that each can register itself.
+
+    Raises `UnknownOperationError`.
+    """
     name = f"{_PACKAGE}.{operation.partition('.')[0]}"
     try:
         folder = importlib.import_module(name)

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from distaff.kernels import native
 from distaff.kernels.paged_attention import AttentionSpec, StepBatch, cpu, pool_shape, xla
-from distaff.tools.roofline import Roofline
+from distaff.tools.bench_roofline import Roofline
 
 PAGE, MAX_LEN = 16, 2048
 DTYPES = {"f32": "float32", "bf16": "uint16", "int8": "int8"}

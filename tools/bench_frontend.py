@@ -21,10 +21,18 @@ from jax.nn import initializers
 from rich.console import Console
 from rich.table import Table
 
+from distaff.tools.nnx_tasks import NNX_REACH, nnx_tasks, plain_nnx_tasks
+
 WIDTH, HEADS, BATCH, LENGTH = 32, 4, 2, 8
 PROJECTIONS = {"query": (WIDTH, WIDTH), "key": (WIDTH, WIDTH), "value": (WIDTH, WIDTH), "out": (WIDTH, WIDTH)}
 MLP = {"up": (WIDTH, 4 * WIDTH), "down": (4 * WIDTH, WIDTH)}
-REACH = {"apply, traced": 1.5, "init, traced": 1.5, "apply, un-jitted": 2.0, "train step, dispatched": 1.1}
+REACH = {
+    "apply, traced": "1.5 ×",
+    "init, traced": "1.5 ×",
+    "apply, un-jitted": "2.0 ×",
+    "train step, dispatched": "1.1 ×",
+    **NNX_REACH,
+}
 
 Task = Callable[[], Any]
 Params = dict[str, Any]
@@ -67,8 +75,8 @@ def plain_apply(params: Params, x: jax.Array) -> jax.Array:
     return x
 
 
-def plain_init(key: jax.Array, x: jax.Array, layers: int) -> tuple[jax.Array, Params]:
-    """An output and the parameters, as ``init_with_output`` gives them: a key for each, folded from one."""
+def plain_params(key: jax.Array, layers: int) -> Params:
+    """The parameters of the decoder: a key for each, folded from one."""
     params: Params = {}
     count = 0
     for i in range(layers):
@@ -78,6 +86,12 @@ def plain_init(key: jax.Array, x: jax.Array, layers: int) -> tuple[jax.Array, Pa
             kernel = initializers.lecun_normal()(jax.random.fold_in(key, count), shape)
             layer[name] = {"kernel": kernel, "bias": jnp.zeros(shape[-1])}
         params[f"layer_{i}"] = layer
+    return params
+
+
+def plain_init(key: jax.Array, x: jax.Array, layers: int) -> tuple[jax.Array, Params]:
+    """An output and the parameters, as ``init_with_output`` gives them."""
+    params = plain_params(key, layers)
     return plain_apply(params, x), params
 
 
@@ -164,18 +178,19 @@ def plain_train_step(x: jax.Array, parameters: int) -> Task:
 def plain_tasks(x: jax.Array, layers: int, parameters: int) -> dict[str, Task]:
     """What plain JAX is timed at, by row."""
     key = jax.random.key(0)
-    _, params = plain_init(key, x, layers)
+    params, step = plain_params(key, layers), plain_train_step(x[0, 0, :4], parameters)
     return {
         "apply, traced": lambda: jax.make_jaxpr(lambda p, x: plain_apply(p, x))(params, x),
         "init, traced": lambda: jax.make_jaxpr(lambda key, x: plain_init(key, x, layers))(key, x),
         "apply, un-jitted": lambda: plain_apply(params, x),
-        "train step, dispatched": plain_train_step(x[0, 0, :4], parameters),
+        "train step, dispatched": step,
+        **plain_nnx_tasks(step, lambda key: plain_params(key, layers)),
     }
 
 
 def library_tasks(package: str, x: jax.Array, layers: int, parameters: int) -> dict[str, Task]:
     """What a library is timed at, by row."""
-    nn, struct = (importlib.import_module(f"{package}.{name}") for name in ("linen", "struct"))
+    nn, struct, nnx = (importlib.import_module(f"{package}.{name}") for name in ("linen", "struct", "nnx"))
     model, key = decoder(nn, layers), jax.random.key(0)
     variables = model.init(key, x)
     return {
@@ -183,6 +198,7 @@ def library_tasks(package: str, x: jax.Array, layers: int, parameters: int) -> d
         "init, traced": lambda: jax.make_jaxpr(lambda key, x: model.init_with_output(key, x))(key, x),
         "apply, un-jitted": lambda: model.apply(variables, x),
         "train step, dispatched": train_step(nn, struct, x[0, 0, :4], parameters),
+        **nnx_tasks(nnx, x, PROJECTIONS | MLP, layers, parameters),
     }
 
 
@@ -214,10 +230,13 @@ def main(repeats: int, layers: int, parameters: int) -> None:
     }
     table = Table("", "plain JAX ms", *installed, "reach", title=f"{layers} layers; {parameters} parameters")
     for row, reach in REACH.items():
-        calls = repeats * 10 if row.startswith("train") else repeats
-        took = seconds_in_turns({name: of_library[row] for name, of_library in tasks.items()}, calls)
-        ratios = [f"{took[name] / took['plain']:.2f} ×" for name in installed]
-        table.add_row(row, f"{took['plain'] * 1e3:.2f}", *ratios, f"{reach:.1f} ×")
+        calls = repeats if "traced" in row or "un-jitted" in row else repeats * 10
+        took = seconds_in_turns(
+            {name: of_library[row] for name, of_library in tasks.items() if row in of_library}, calls
+        )
+        plain = took.get("plain")
+        results = [f"{took[name] / plain:.2f} ×" if plain else f"{took[name] * 1e3:.2f} ms" for name in installed]
+        table.add_row(row, f"{plain * 1e3:.2f}" if plain else "-", *results, reach)
     Console().print(table)
 
 

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from distaff.kernels import native
 from distaff.kernels.matmul import WeightFormat, embed_rows, matmul, packed_shapes
-from distaff.tools.roofline import Roofline
+from distaff.tools.bench_roofline import Roofline
 
 SHAPES = "576x3072,1536x576,576x576,576x49152"
 COLD_BYTES = 128e6  # of weights in a chain, four times the last cache
@@ -87,7 +87,7 @@ def main(formats: str, shapes: str, tokens: str, activations: str, repeats: int)
 
 def product_kind(format: str, activations: str) -> str:
     """Which peak rate bounds products of that format."""
-    if format == "xla" or not WeightFormat.parse(format).quantised:
+    if format == "xla" or WeightFormat.parse(format).kind not in ("int8", "int4"):
         return "bf16" if format == "bf16" else "f32"
     return "int8" if activations == "int8" else "f32"
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import psutil
@@ -31,7 +31,11 @@ from distaff.tools.peer_engines import (
     last_line,
 )
 from distaff.tools.peer_report import Row, agreement, markdown, show, write_json, write_plot
+from distaff.tools.roofline import Sizes, Work, memory_bandwidth, work
 from distaff.tools.workload import WorkloadSpec, save_workload
+
+if TYPE_CHECKING:
+    from distaff.frontend.models import ModelConfig
 
 _BUSY_SHARE = 0.05  # of all cores; more work of others than this changes results
 _QUIET_SECONDS = 2.0
@@ -164,9 +168,18 @@ def execute(peer: Peer, python: Interpreter, job: Mapping[str, Any], work: Path,
 
 
 def row_of(
-    peer: Peer, version: str, job: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], reference: Any
+    peer: Peer,
+    version: str,
+    job: Mapping[str, Any],
+    rounds: Sequence[Mapping[str, Any]],
+    reference: Any,
+    work: Work | None = None,
+    bandwidth: float | None = None,
 ) -> Row:
-    """The medians over the rounds of one engine, as rates; ``reference`` are distaff's float32 outputs, or None."""
+    """The medians over the rounds of one engine, as rates; ``reference`` are distaff's float32 outputs, or None.
+
+    ``work`` is what its weights ask for, ``bandwidth`` the bytes a second that the memory gives.
+    """
     generated, prompt = sum(job["counts"]), sum(map(len, job["prompts"]))
 
     def middle(value: Callable[[Mapping[str, Any]], float | None]) -> float | None:
@@ -174,6 +187,7 @@ def row_of(
         return statistics.median(values) if values else None
 
     seconds = [measured["seconds"] for measured in rounds]
+    decode_per_s = middle(lambda m: m["decode_per_s"])
     busiest = max(measured["others"] for measured in rounds)
     return Row(
         engine=peer.engine,
@@ -182,7 +196,10 @@ def row_of(
         startup_s=middle(lambda m: m["first_token_at"] - m["startup_began"]),
         output_per_s=middle(lambda m: generated / m["seconds"]),
         total_per_s=middle(lambda m: (generated + prompt) / m["seconds"]),
-        decode_per_s=middle(lambda m: m["decode_per_s"]),
+        decode_per_s=decode_per_s,
+        step_mib=work.step_bytes / 2**20 if work else None,
+        memory_share=decode_per_s * work.step_bytes / bandwidth if decode_per_s and work and bandwidth else None,
+        gops=work.operations / 1e9 / statistics.median(seconds) if work else None,
         long_prompt_s=middle(lambda m: m["long_prompt_s"]),
         shared_prefix_s=middle(lambda m: m["shared_prefix_s"]),
         peak_mib=middle(lambda m: m["peak_bytes"] / 2**20),
@@ -198,37 +215,51 @@ class ModelForms:
     def __init__(self, artifact: Path | None, work: Path) -> None:
         self._artifact = artifact
         self._work = work
+        self._config: ModelConfig | None = None
 
-    def path(self, weights: str, python: Path) -> Path:
-        """The place of a form of `Peer.weights`; raises `PeerError`, or what the loader and the compiler raise.
+    def path(self, peer: Peer, python: Path) -> Path:
+        """The place of the form that ``peer`` reads, made by ``python``, its own interpreter, or a script of ours.
 
-        ``python`` is the engine's own interpreter, for forms that only its packages can make.
+        distaff's programs are compiled for the KV cache of the run. Raises `PeerError`, or what the loader raises.
         """
         from distaff.frontend.loading.demo_model import DEMO_MODEL, find_demo_model
-        from distaff.tools.compile_on_demand import artifact_for, build_executables
 
-        kind, _, form = weights.partition(":")
+        kind, _, form = peer.weights.partition(":")
         if kind == "artifact":
-            if form == "float32" and self._artifact:
-                return self._artifact
+            given = self._artifact if peer.name == REFERENCE else None
             option = "dtype" if "float" in form else "quantize"
-            options: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, option: form}
-            artifact = artifact_for(DEMO_MODEL, **options)
-            build_executables(artifact)
-            return artifact
+            job = {
+                "model": str(given or DEMO_MODEL),
+                "options": {"max_model_len": MAX_MODEL_LEN, option: form},
+                "kv_cache_bytes": peer.options["kv_cache_memory_bytes"],
+            }
+            return Path(last_line(self._script(python, "compile_artifact.py", json.dumps(job))))
         source = find_demo_model()
-        if weights == "gguf":
+        if peer.weights == "gguf":
             return source
         if kind == "gguf":
-            target, script, interpreter = self._work / f"{DEMO_MODEL}-{form}.gguf", "requantize.py", python
+            target, script = self._work / f"{DEMO_MODEL}-{form}.gguf", "requantize.py"
         else:
-            target, script, interpreter = self._work / f"{DEMO_MODEL}-float32", "export_gguf.py", Path(sys.executable)
+            target, script, python = self._work / f"{DEMO_MODEL}-float32", "export_gguf.py", Path(sys.executable)
         if not target.exists():
-            command = [str(interpreter), str(DRIVERS / script), str(source), str(target), form]
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode:
-                raise PeerError(f"converting {source.name}: {last_line(result.stderr)}")
+            self._script(python, script, str(source), str(target), form)
         return target
+
+    def work(self, peer: Peer, path: Path, job: Mapping[str, Any]) -> Work:
+        """What a run of ``job`` asks of the model in the form at ``path``."""
+        from distaff.frontend.loading.demo_model import find_demo_model
+        from distaff.frontend.loading.gguf_file import open_gguf
+
+        if self._config is None:
+            self._config = open_gguf(find_demo_model(), "float32").config
+        return work(self._config, Sizes.of(path, peer.dtype, self._config), job)
+
+    def _script(self, python: Path, name: str, *arguments: str) -> str:
+        """What the script prints."""
+        result = subprocess.run([str(python), str(DRIVERS / name), *arguments], capture_output=True, text=True)
+        if result.returncode:
+            raise PeerError(f"{name}: {last_line(result.stderr)}")
+        return result.stdout
 
 
 def compare(
@@ -244,6 +275,7 @@ def compare(
     ready: dict[str, tuple[Interpreter, dict[str, Any]]] = {}
     failures: dict[str, str] = {}
     measured: dict[str, list[dict[str, Any]]] = {peer.name: [] for peer in peers}
+    asked: dict[str, Work | None] = {}
 
     def attempt(peer: Peer, action: Callable[[], None]) -> None:
         if peer.name not in failures:
@@ -254,7 +286,9 @@ def compare(
 
     def prepare(peer: Peer) -> None:
         python = interpreter(peer, environments)
-        ready[peer.name] = (python, {**job, "model": str(forms.path(peer.weights, python.python))})
+        path = forms.path(peer, python.python)
+        asked[peer.name] = forms.work(peer, path, job)
+        ready[peer.name] = (python, {**job, "model": str(path)})
 
     def run(peer: Peer) -> None:
         await_quiet()
@@ -263,18 +297,22 @@ def compare(
     for peer in peers:
         click.echo(f"preparing {peer.name}", err=True)
         attempt(peer, functools.partial(prepare, peer))
+    bandwidths = []
     for number in range(rounds):
+        await_quiet()
+        bandwidths.append(memory_bandwidth())
         for peer in peers:
             click.echo(f"round {number + 1} of {rounds}: {peer.name}", err=True)
             attempt(peer, functools.partial(run, peer))
     reference = next((measured[p.name][0]["outputs"] for p in peers if p.name == REFERENCE and measured[p.name]), None)
+    bandwidth = max((b for b in bandwidths if b is not None), default=None)  # others can only lower it
     rows = []
     for peer in peers:
         version = ready[peer.name][0].version if peer.name in ready else ""
         if peer.name in failures:
             rows.append(Row(peer.engine, peer.dtype, version, note=failures[peer.name]))
         else:
-            rows.append(row_of(peer, version, job, measured[peer.name], reference))
+            rows.append(row_of(peer, version, job, measured[peer.name], reference, asked[peer.name], bandwidth))
     return rows
 
 

@@ -65,7 +65,11 @@ _POSITIVE = click.IntRange(min=1)
 @click.option("--buckets", help="Exactly these batch shapes, like 'decode=1,8 mixed=128x8 scoring=128x8'.")
 @click.option("--latent-cache", is_flag=True, help="Cache what keys and values are made from where it is smaller.")
 @click.option("--dump-ir", type=click.Path(path_type=Path), help="Folder for the program after each pass.")
-@click.option("--explain", is_flag=True, help="Show what was found in the model and what each pass did.")
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="Also show all that was found in the model, what each pass did, and why kernels were passed over.",
+)
 @click.option("--check", is_flag=True, help="Only answer whether the model can be served; writes nothing.")
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it is an artifact.")
 def main(
@@ -130,18 +134,18 @@ def _compile(
     explain: bool,
     force: bool,
 ) -> None:
+    from distaff.tools import report as tables
     from distaff.tools.compile_on_demand import build_executables, compile_loaded
-    from distaff.tools.report import artifact_facts, live_status, show_facts, show_report, show_rows
 
     began = time.perf_counter()
-    with live_status(console) as progress:
+    with tables.live_status(console) as progress:
         manifest = compile_loaded(loaded, output, options, name=name, dump=dump_ir, force=force, progress=progress)
     programs = _program_rows(manifest, build_executables(output))
     report = {key: value for key, value in manifest.report.items() if key != "lowering"}
-    if explain:
-        show_report(console, report)
-    show_rows(console, "programs", programs)
-    show_facts(console, "artifact", artifact_facts(manifest))
+    tables.show_kernels(console, manifest.platform, passed_over=explain)
+    (tables.show_report if explain else tables.show_summary)(console, report)
+    tables.show_rows(console, "programs", programs)
+    tables.show_facts(console, "artifact", tables.artifact_facts(manifest))
     console.print(f"[green]compiled[/] to {output} in {time.perf_counter() - began:.1f} s\nnext: serve-model {output}")
 
 

@@ -198,8 +198,11 @@ def passages(loaded: LoadedModel, options: CompileOptions) -> list[list[int]]:
     return [tokenizer.encode(text, add_special_tokens=False).ids[:longest] for text in texts]
 
 
-def build_executables(artifact: Path) -> list[ExecutableRecord]:
-    """Starts the engine once, with a progress bar, which compiles and stores every program that serving needs."""
+def build_executables(artifact: Path, kv_cache_bytes: int | None = None) -> list[ExecutableRecord]:
+    """Starts the engine once, with a progress bar, which compiles and stores every program that serving needs.
+
+    They are for a KV cache of that size (default: what the artifact asks for).
+    """
     from distaff.runtime.config import EngineConfig
     from distaff.runtime.engine import Engine
     from distaff.runtime.model_runner import ModelRunner
@@ -211,7 +214,7 @@ def build_executables(artifact: Path) -> list[ExecutableRecord]:
         runner.executables.records = records
         return runner
 
-    Engine(artifact, EngineConfig(progress=True), make_runner=make_runner).shutdown()
+    Engine(artifact, EngineConfig(progress=True, kv_cache_bytes=kv_cache_bytes), make_runner=make_runner).shutdown()
     return records
 
 
@@ -244,13 +247,15 @@ def _file_name(model: str) -> str:
 
 
 def _key(model: str, options: CompileOptions) -> str:
-    """Changes with the checkpoint, the options, the versions, and distaff's own source while it is being developed."""
+    """Changes with the checkpoint, the options, the versions, the native kernels, and distaff's own source."""
+    from distaff.kernels import native
+
     path = Path(model)
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
     stats = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     identity = str(path.resolve()) if files else model
     versions = [importlib.metadata.version(package) for package in ("distaff", "jax")]
-    parts = [identity, stats, dataclasses.asdict(options), versions, _source_hash()]
+    parts = [identity, stats, dataclasses.asdict(options), versions, native.features(), _source_hash()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

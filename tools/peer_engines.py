@@ -30,7 +30,7 @@ class Peer:
     model it reads: "artifact:FORMAT", "folder" (Hugging Face, float32), "gguf" or "gguf:TYPE" (requantised).
     ``requirements`` are installed one after another, with ``install_environment``, into an environment of its own, and
     ``unwanted`` removed again; none means the current environment. ``distribution`` is the package whose version is
-    shown.
+    shown; it is installed again for every comparison if it is ``in_development``.
     """
 
     engine: str
@@ -41,6 +41,7 @@ class Peer:
     options: Mapping[str, Any]
     requirements: tuple[str, ...] = ()
     unwanted: tuple[str, ...] = ()
+    in_development: bool = False
     install_environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     environment: Callable[[Path], Mapping[str, str]] = lambda _: _NONE
 
@@ -77,14 +78,15 @@ def _vllm(dtype: str) -> Peer:
     )
 
 
-def _distaff(form: str) -> Peer:
+def _distaff(form: str, engine: str = "distaff", **environment: Any) -> Peer:
     return Peer(
-        engine="distaff",
+        engine=engine,
         driver="distaff_engine",
         dtype=form,
         weights=f"artifact:{form}",
         distribution="distaff",
         options={"kv_cache_memory_bytes": 256 << 20},
+        **environment,
     )
 
 
@@ -105,8 +107,16 @@ REFERENCE = "distaff-float32"  # what the outputs of all are compared with
 PEERS = (
     _distaff("float32"),
     _distaff("bfloat16"),
-    _distaff("int8g32"),
-    _distaff("q4_1"),
+    _distaff("int8"),
+    _distaff("gguf"),
+    # What XLA does by itself: distaff as it installs where there is no C++ compiler.
+    _distaff(
+        "float32",
+        "distaff-xla",
+        requirements=(f"{DRIVERS.parent.parent}[serve,gguf]",),
+        in_development=True,
+        install_environment={"CXX": "there-is-none"},
+    ),
     Peer(
         engine="transformers",
         driver="transformers_engine",
@@ -142,6 +152,8 @@ def interpreter(peer: Peer, environments: Path) -> Interpreter:
         python = prefix / "bin" / "python"
         if _version(python, peer.distribution) is None:
             _install(peer, prefix, python)
+        elif peer.in_development:
+            _run([python, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", *peer.requirements], peer)
     version = _version(python, peer.distribution)
     if version is None:
         raise PeerError(f"{peer.distribution} is not installed for {python}")
@@ -163,10 +175,14 @@ def _install(peer: Peer, prefix: Path, python: Path) -> None:
     if peer.unwanted:
         commands.append([python, "-m", "pip", "uninstall", "-q", "-y", *peer.unwanted])
     for command in commands:
-        variables = os.environ | dict(peer.install_environment)
-        result = subprocess.run(list(map(str, command)), env=variables, capture_output=True, text=True)
-        if result.returncode:
-            raise PeerError(f"{' '.join(map(str, command[1:]))}: {last_line(result.stderr)}")
+        _run(command, peer)
+
+
+def _run(command: list[str | Path], peer: Peer) -> None:
+    variables = os.environ | dict(peer.install_environment)
+    result = subprocess.run(list(map(str, command)), env=variables, capture_output=True, text=True)
+    if result.returncode:
+        raise PeerError(f"{' '.join(map(str, command[1:]))}: {last_line(result.stderr)}")
 
 
 def last_line(text: str) -> str:

@@ -19,6 +19,9 @@ _COLUMNS = (
     ("output_per_s", "output tokens/s"),
     ("total_per_s", "total tokens/s"),
     ("decode_per_s", "alone: decode tokens/s"),
+    ("step_mib", "alone: MiB a step reads"),
+    ("memory_share", "alone: of the memory's limit"),
+    ("gops", "all: Gop/s"),
     ("long_prompt_s", "512-token prompt to token [s]"),
     ("shared_prefix_s", "32 requests sharing 400 tokens [s]"),
     ("peak_mib", "peak memory [MiB]"),
@@ -33,8 +36,10 @@ _PANELS = ("output_per_s", "decode_per_s", "long_prompt_s", "shared_prefix_s", "
 class Row:
     """The results of an engine; without them, ``note`` has the reason.
 
-    ``agreement`` is the share of requests whose first tokens are those of distaff's float32; ``spread`` the range of
-    the rounds' times for all requests over their median.
+    ``step_mib`` is what a step must read, ``memory_share`` the decode rate over that at which the memory could give it,
+    ``gops`` the operations of all requests over their time (see `distaff.tools.roofline`). ``agreement`` is the share
+    of requests whose first tokens are those of distaff's float32; ``spread`` the range of the rounds' times for all
+    requests over their median.
     """
 
     engine: str
@@ -47,6 +52,9 @@ class Row:
     long_prompt_s: float | None = None
     shared_prefix_s: float | None = None
     peak_mib: float | None = None
+    step_mib: float | None = None
+    memory_share: float | None = None
+    gops: float | None = None
     agreement: float | None = None
     spread: float | None = None
     note: str = ""
@@ -110,6 +118,6 @@ def _text(name: str, value: float | str | None) -> str:
         return "–"
     if isinstance(value, str):
         return value
-    if name in ("agreement", "spread"):
+    if name in ("agreement", "spread", "memory_share"):
         return f"{value:.0%}"
     return f"{value:.2f}" if name.endswith("_s") and not name.endswith("per_s") else f"{value:,.1f}"

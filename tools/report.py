@@ -6,6 +6,7 @@ pass can add to the report without a change here.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -68,6 +69,48 @@ def show_rows(console: Console, title: str, rows: Iterable[Mapping[str, Any]]) -
     for row in rows:
         table.add_row(*(_text(name, row.get(name)) for name in names))
     console.print(table)
+
+
+def show_kernels(console: Console, platform: str, *, passed_over: bool) -> None:
+    """Prints which kernel serves which operation on ``platform``, and with ``passed_over`` why others do not."""
+    from distaff.kernels import native, survey
+
+    calls: dict[tuple[str, str, str], list[str]] = {}
+    for choice in survey(platform):
+        others = "; ".join(f"{v.implementation.name}: {v.reason}" for v in choice.verdicts if not v.chosen)
+        calls.setdefault((choice.operation, choice.served_by or "nothing", others), []).append(choice.call)
+    rows = [
+        {"name": operation, "served_by": name, "for": ", ".join(found)}
+        | ({"passed_over": others} if passed_over else {})
+        for (operation, name, others), found in calls.items()
+    ]
+    show_rows(console, f"kernels on {platform}", rows)
+    if platform == "cpu":
+        found = ", ".join(native.features()) or "not built: this installation was made without a C++ compiler"
+        console.print(f"native kernels: {found}")
+
+
+def show_summary(console: Console, report: Mapping[str, Any]) -> None:
+    """Prints `findings` and, where formats were measured, what they cost."""
+    console.print(*findings(report), sep="\n", markup=False)
+    if "quality_on_text" in report:
+        show_rows(console, "weights", report["weights"])
+        show_facts(console, "quality_on_text", report["quality_on_text"])
+
+
+def findings(report: Mapping[str, Any]) -> list[str]:
+    """A line for each kind of attention and what serves it, and for each validation."""
+    attentions = Counter(
+        ", ".join(
+            filter(None, (a["served_by"], f"mask {a['mask']}", a["reason"] and f"{a['reason']} ({a['location']})"))
+        )
+        for a in report["attentions"]
+    )
+    lines = [f"attention: {count} served by {what}" for what, count in attentions.items()]
+    for name, what in (("validation", "derived"), ("validation_of_packed_weights", "with packed weights")):
+        if result := report.get(name):
+            lines.append(f"{what}: at most {result['relative_error']:.2g} of the largest logit off the plain model")
+    return lines
 
 
 def artifact_facts(manifest: Manifest) -> dict[str, str]:

@@ -1,88 +1,77 @@
-"""What this machine can do at most: bytes read from memory and operations in registers a second.
-
-    python -m distaff.tools.roofline
-
-Prints both for one thread and for all of XLA's. Where two threads do no more than one, they share a core.
-"""
+"""What a run on a decoder-only model must read and compute at least, and what this machine can read and compute."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import click
-import jax
-import jax.numpy as jnp
-import numpy as np
-from rich.console import Console
-from rich.table import Table
+from distaff.compiler.artifact import ITEM_BYTES, MANIFEST, Manifest
 
-from distaff.kernels import native
-
-PEAK_STEPS = 16  # kPeakSteps in kernels/native/roofline.h
-KINDS = ("f32", "bf16", "int8")  # by their number there
+if TYPE_CHECKING:
+    from distaff.frontend.models import ModelConfig
 
 
-@dataclasses.dataclass
-class Roofline:
-    """Measures one rate of each kind every time that it is asked to, and keeps the best.
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Bytes that one step of a request alone reads, and operations of all requests together."""
 
-    ``read`` is in bytes a second; ``peaks`` are additions and multiplications a second by the kind of the factors.
-    Raises `RuntimeError` in an installation without native kernels.
+    step_bytes: float
+    operations: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model's weights as an engine has them, and of its cache for each token."""
+
+    weights: int
+    cache_per_token: int
+
+    @classmethod
+    def of(cls, path: Path, dtype: str, config: ModelConfig) -> Sizes:
+        """Of an artifact, a GGUF file (llama.cpp's cache is float16), or a float32 folder that is run in ``dtype``."""
+        if (path / MANIFEST).is_file():
+            manifest = Manifest.load(path)
+            return cls(manifest.weight_bytes, manifest.bytes_per_token)
+        values = config.num_layers * 2 * config.num_kv_heads * config.head_dim
+        if path.suffix == ".gguf":
+            import gguf
+
+            return cls(sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors), 2 * values)
+        stored = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        return cls(stored // 4 * ITEM_BYTES[dtype], values * ITEM_BYTES[dtype])
+
+
+def work(config: ModelConfig, sizes: Sizes, job: Mapping[str, Any]) -> Work:
+    """What a job of `distaff.tools.bench_peers` asks of a model.
+
+    A step of the request alone reads all weights once (one row of an embedding of its own is too little to count) and
+    the keys and values of the tokens so far, on average over its output. Operations are multiplications and additions
+    of products: with the matrices for every token, with the head for every output token, and of queries with keys and
+    weights with values for every pair of tokens.
     """
-
-    one_thread: bool = False
-    read: float = 0
-    peaks: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
-
-    def __post_init__(self) -> None:
-        if not native.available():
-            raise RuntimeError("the roofline is measured by the native kernels, and this installation has none")
-        native.register()
-        self._data = jnp.zeros(1 << 28, jnp.uint8)
-        self.measure()  # compiles, so its times are far too long, and later ones are better
-
-    def measure(self) -> None:
-        """Takes another look."""
-        self.read = max(self.read, self._data.size / self._seconds(self._data, 0, 0))
-        rounds = 1 << 22
-        for number, kind in enumerate(KINDS):
-            operations = rounds * PEAK_STEPS * 16 * 2 * 2**number
-            self.peaks[kind] = max(self.peaks[kind], operations / self._seconds(self._data[:1], number, rounds))
-
-    def _seconds(self, data: jax.Array, kind: int, rounds: int) -> float:
-        jax.block_until_ready(data)
-        started = time.perf_counter()
-        jax.block_until_ready(_run(data, kind, rounds, self.one_thread))
-        return time.perf_counter() - started
-
-    def __str__(self) -> str:
-        peaks = ", ".join(f"{kind} {rate / 1e9:.0f} G/s" for kind, rate in self.peaks.items())
-        return f"reading {self.read / 1e9:.1f} GB/s; {peaks}"
+    context = len(job["single_prompts"][-1]) + job["single_count"] / 2
+    head_values = config.num_heads * config.head_dim
+    projections = config.hidden_size * 2 * (head_values + config.num_kv_heads * config.head_dim)
+    matrices = config.num_layers * (projections + 3 * config.hidden_size * config.intermediate_size)
+    operations = 0
+    for prompt, count in zip(job["prompts"], job["counts"], strict=True):
+        tokens = len(prompt) + count - 1  # the last one is not fed back
+        operations += 2 * matrices * tokens + 2 * config.vocab_size * config.hidden_size * count
+        operations += 4 * config.num_layers * head_values * tokens * (tokens + 1) // 2
+    return Work(sizes.weights + sizes.cache_per_token * context, operations)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _run(data: jax.Array, kind: int, rounds: int, one_thread: bool) -> jax.Array:
-    call = jax.ffi.ffi_call("distaff_roofline", jax.ShapeDtypeStruct((1,), np.float32), has_side_effect=True)
-    result: jax.Array = call(data, kind=np.int32(kind), rounds=np.int64(rounds), one_thread=one_thread)
-    return result
+def memory_bandwidth(repeats: int = 5) -> float | None:
+    """Bytes a second that all cores together read from memory; None without the native kernels."""
+    from distaff.kernels import native
 
+    if not native.available():
+        return None
+    from distaff.tools.bench_roofline import Roofline
 
-@click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--repeats", default=7, show_default=True, help="Of which the best counts.")
-def main(repeats: int) -> None:
-    """Measures with one thread and with all in turns, and prints a table."""
-    rooflines = {"1": Roofline(one_thread=True), "all": Roofline()}
+    roofline = Roofline()
     for _ in range(repeats):
-        for roofline in rooflines.values():
-            roofline.measure()
-    table = Table("threads", "reading [GB/s]", *(f"{kind} [G/s]" for kind in KINDS), title=native.features()[-1])
-    for threads, roofline in rooflines.items():
-        rates = (f"{rate / 1e9:.0f}" for rate in roofline.peaks.values())
-        table.add_row(threads, f"{roofline.read / 1e9:.1f}", *rates)
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    main()
+        roofline.measure()
+    return roofline.read

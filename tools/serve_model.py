@@ -86,8 +86,23 @@ class _JsonList(click.ParamType[tuple[str, ...]]):
         return tuple(entries)
 
 
+def _show_kernels(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    """Answers --show-kernels in place of serving."""
+    if not wanted:
+        return
+    import jax
+    from rich.console import Console
+
+    from distaff.tools.report import show_kernels
+
+    show_kernels(Console(), jax.default_backend(), passed_over=True)
+    context.exit()
+
+
 @click.command(help=_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.argument("model")
+@click.option("--show-kernels", is_flag=True, is_eager=True, expose_value=False, callback=_show_kernels,
+              help="Show which kernel serves which operation on this machine, and exit.")  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--uds", type=click.Path(), help="Unix socket to listen on in place of host and port.")

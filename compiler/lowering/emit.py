@@ -15,7 +15,7 @@ from distaff.compiler.analysis.tokens import Kind
 from distaff.compiler.ir import ATTENTION, EMBED, MATMUL, ROW_PROGRAM, Node, Value
 from distaff.compiler.ir.evaluate import Evaluator
 from distaff.compiler.ir.types import KEY, QUERY, TOKENS
-from distaff.compiler.passes.matmul import ProductSpec
+from distaff.compiler.passes.matmul import PACKED_ROLES, ProductSpec
 from distaff.compiler.passes.pack import padded_columns
 from distaff.compiler.passes.regions import Region
 from distaff.compiler.passes.roll import LayerLoop
@@ -174,7 +174,7 @@ class _Body(Evaluator):
         return [self.of_rows(value, rows) for value, rows in zip(node.outputs, results, strict=True)]
 
     def packed(self, operands: Mapping[str, Value]) -> list[jax.Array]:
-        return [self[operands[role]] for role in ("values", "scales", "offsets") if role in operands]
+        return [self[operands[role]] for role in PACKED_ROLES if role in operands]
 
     def plain_matmul(self, spec: ProductSpec, node: Node) -> list[jax.Array]:
         """What `matmul` means, with weights as the model has them: the definition that packing is checked against."""

@@ -22,6 +22,7 @@ from distaff.compiler.ir.types import TensorType
 from distaff.kernels.matmul import WeightFormat, gguf_format
 from distaff.kernels.matmul.operation import MOST_PARTS
 
+PACKED_ROLES = ("values", "scales", "offsets")  # operands in place of a weight that is packed
 # Below this a product is no matter of memory or kernels.
 _LEAST_ROWS, _LEAST_COLUMNS = 16, 16
 _NONE: Mapping[str, StoredBlocks] = MappingProxyType({})

@@ -13,18 +13,18 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from distaff.compiler.ir import EMBED, MATMUL, Graph, Node, StoredBlocks, Value
-from distaff.compiler.passes.matmul import constant
+from distaff.compiler.passes.matmul import PACKED_ROLES, constant
 from distaff.kernels.matmul import (
     PackedWeight,
     WeightFormat,
     gguf_format,
     interleave_gated,
     pack,
-    pack_blocks,
+    pack_parts,
     split_gguf,
     unpack,
 )
-from distaff.kernels.matmul.packing import LANES
+from distaff.kernels.matmul.formats import LANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +95,10 @@ class _Packer:
         if packed is None or not as_stored:
             packed = pack(joined, form)
         form, name = packed.format, "+".join(w.name for w in weights)
-        arrays = {"values": packed.values, "scales": packed.scales, "offsets": packed.offsets}
-        present = {role: array for role, array in arrays.items() if array is not None}
+        arrays = dict(zip(PACKED_ROLES, packed.arrays, strict=False))
         size = sum(int(np.size(w.data)) for w in weights)
-        self.packed.append(PackedMatrix(form, as_stored, size, sum(a.nbytes for a in present.values())))
-        return form, {role: constant(array, f"{name}.{form.name}.{role}") for role, array in present.items()}
+        self.packed.append(PackedMatrix(form, as_stored, size, sum(a.nbytes for a in packed.arrays)))
+        return form, {role: constant(array, f"{name}.{form.name}.{role}") for role, array in arrays.items()}
 
     def pack_stored(self, weights: list[Value], gated: bool) -> PackedWeight | None:
         """The weights as the checkpoint has them; None unless they are all stored in one format that there is."""
@@ -109,9 +108,7 @@ class _Packer:
         if [blocks.shape for blocks in stored] != shapes or len(formats) > 1 or (form := formats.pop()) is None:
             return None
         split = [split_gguf(blocks.read(), blocks.type_name, blocks.shape[0]) for blocks in stored]
-        integers, scales, offsets = zip(*split, strict=True)
-        more = _joined(offsets, gated) if form.offsets else None
-        return pack_blocks(_joined(integers, gated), _joined(scales, gated), more, format=form)
+        return pack_parts(tuple(_joined(parts, gated) for parts in zip(*split, strict=True)), form)
 
 
 def padded_columns(columns: int) -> int:

@@ -71,6 +71,8 @@ def _join(inverted: bool, names: set[str]) -> CollectionFilter:
 
 def intersect_filters(a: CollectionFilter, b: CollectionFilter) -> CollectionFilter:
     """The filter that matches what both match."""
+    if a is True or b is True:
+        return b if a is True else a
     (a_inverted, a_names), (b_inverted, b_names) = _split(a), _split(b)
     if a_inverted and b_inverted:
         return _join(True, a_names | b_names)
@@ -87,14 +89,14 @@ def union_filters(a: CollectionFilter, b: CollectionFilter) -> CollectionFilter:
 
 def subtract_filters(a: CollectionFilter, b: CollectionFilter) -> CollectionFilter:
     """The filter that matches what ``a`` matches and ``b`` does not."""
-    return intersect_filters(a, DenyList(b))
+    return False if b is True else intersect_filters(a, DenyList(b))
 
 
-def group_collections(variables: Mapping[str, Any], filters: Sequence[CollectionFilter]) -> tuple[dict[str, Any], ...]:
+def group_collections(xs: Mapping[str, Any], col_filters: Sequence[CollectionFilter]) -> tuple[dict[str, Any], ...]:
     """Deal the collections out to the filters: each goes to the first filter that matches it, or to none."""
-    remaining: Iterable[str] = list(variables)
+    remaining: Iterable[str] = list(xs)
     groups = []
-    for filter_like in filters:
-        groups.append({col: variables[col] for col in remaining if in_filter(filter_like, col)})
+    for filter_like in col_filters:
+        groups.append({col: xs[col] for col in remaining if in_filter(filter_like, col)})
         remaining = [col for col in remaining if not in_filter(filter_like, col)]
     return tuple(groups)

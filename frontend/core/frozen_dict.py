@@ -13,12 +13,16 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class _FrozenKeysView(KeysView[K]):
+class FrozenKeysView(KeysView[K]):
+    """The keys of a ``FrozenDict``."""
+
     def __repr__(self) -> str:
         return f"frozen_dict_keys({list(self)})"
 
 
-class _FrozenValuesView(ValuesView[V]):
+class FrozenValuesView(ValuesView[V]):
+    """The values of a ``FrozenDict``."""
+
     def __repr__(self) -> str:
         return f"frozen_dict_values({list(self)})"
 
@@ -72,11 +76,11 @@ class FrozenDict(Mapping[K, V]):
 
     def keys(self) -> KeysView[K]:
         """A view of the keys."""
-        return _FrozenKeysView(self)
+        return FrozenKeysView(self)
 
     def values(self) -> ValuesView[V]:
         """A view of the values, dicts as ``FrozenDict``."""
-        return _FrozenValuesView(self)
+        return FrozenValuesView(self)
 
     def items(self) -> ItemsView[K, V]:
         """A view of the items, dicts as ``FrozenDict``."""

@@ -30,7 +30,7 @@ def bind(
     if not _is_valid_variables(variables):
         raise errors.ApplyScopeInvalidVariablesTypeError()
     if rngs is not None and not is_valid_rngs(rngs):
-        raise errors.InvalidRngError(f"rngs should map stream names to keys made by jax.random.key, got {rngs!r}.")
+        raise errors.InvalidRngError(f"rngs must map stream names to keys made by jax.random.key, got {rngs!r}.")
     own = {col: unfreeze(value) if in_filter(mutable, col) else value for col, value in variables.items()}
     return Scope(own, rngs=rngs, mutable=mutable, flags=flags)
 
@@ -50,6 +50,11 @@ def apply(
         rngs: PRNGKey | Mapping[str, PRNGKey | LazyRng] | None = None,
         **kwargs: Any,
     ) -> Any:
+        if rngs is not None and not is_valid_rng(rngs) and not is_valid_rngs(rngs):
+            raise ValueError(
+                "The ``rngs`` argument passed to an apply function should be a ``jax.PRNGKey`` or a dict of them by "
+                f"stream name; got {rngs!r}."
+            )
         if rngs is not None and not isinstance(rngs, Mapping):
             rngs = {"params": rngs}
         root = bind(variables, rngs=rngs, mutable=mutable, flags=flags)
@@ -76,7 +81,8 @@ def init(
     def call(rngs: PRNGKey | Mapping[str, PRNGKey | LazyRng], *args: Any, **kwargs: Any) -> Any:
         if not is_valid_rng(rngs) and not is_valid_rngs(rngs):
             raise ValueError(
-                f"The first argument of init is a random key, or a dict of random keys by stream name; got {rngs!r}."
+                "First argument passed to an init function should be a ``jax.PRNGKey`` or a dict of them by stream "
+                f"name; got {rngs!r}."
             )
         return run({}, *args, rngs=rngs, **kwargs)
 

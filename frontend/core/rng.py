@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from distaff.frontend import struct
+from distaff.frontend.configurations import config
 
 PRNGKey: TypeAlias = jax.Array
 
@@ -48,6 +49,8 @@ class LazyRng:
 def _path_hash(path: tuple[str | int, ...]) -> int:
     digest = hashlib.sha1(usedforsecurity=False)
     for part in path:
+        if config.flax_fix_rng_separator:
+            digest.update(b"\0")
         if isinstance(part, str):
             digest.update(part.encode())
         else:

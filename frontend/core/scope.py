@@ -9,18 +9,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
+from jax import Array as Array
 
 from distaff.frontend import errors
+from distaff.frontend.configurations import config
 from distaff.frontend.core import meta, tracers
 from distaff.frontend.core.filters import CollectionFilter, in_filter
-from distaff.frontend.core.frozen_dict import FrozenDict
+from distaff.frontend.core.filters import DenyList as DenyList
+from distaff.frontend.core.filters import group_collections as group_collections
+from distaff.frontend.core.filters import intersect_filters as intersect_filters
+from distaff.frontend.core.filters import is_filter_empty as is_filter_empty
+from distaff.frontend.core.filters import subtract_filters as subtract_filters
+from distaff.frontend.core.filters import union_filters as union_filters
+from distaff.frontend.core.frozen_dict import FrozenDict, freeze
 from distaff.frontend.core.initializer_shapes import ignores_key, initializer_shapes
 from distaff.frontend.core.rng import KeyCounters, LazyRng, PRNGKey
+from distaff.frontend.ids import FlaxId
 
 T = TypeVar("T")
 
@@ -84,8 +93,8 @@ class Scope:
         name: str | None = None,
         mutable: CollectionFilter = False,
         parent: Scope | None = None,
-        path: tuple[str, ...] = (),
-        debug_path: tuple[str, ...] = (),
+        path: Iterable[str] = (),
+        debug_path: Iterable[str] = (),
         flags: Mapping[str, Any] | None = None,
     ) -> None:
         self._variables = variables
@@ -93,15 +102,15 @@ class Scope:
         self.name = name
         self.mutable = mutable
         self.parent = parent
-        self.path = path
-        self.debug_path = debug_path or path
+        self.path = tuple(path)
+        self.debug_path = tuple(debug_path or path)
         self.flags: Mapping[str, Any] = flags or {}
         self._root = parent.root if parent else None  # not self: that would be a reference cycle
         self.key_counters = KeyCounters()
         # Collections (None: a child scope) that have something of this name.
         self.reservations: dict[str, set[str | None]] = {}
         # Modules from outside that were cloned into this tree, by the identity of the original: sharing survives.
-        self.adopted: weakref.WeakValueDictionary[int, Any] = (
+        self.adopted: weakref.WeakValueDictionary[FlaxId, Any] = (
             parent.root.adopted if parent else weakref.WeakValueDictionary()
         )
         # The JAX transform that the variables belong to.
@@ -178,7 +187,7 @@ class Scope:
         if not isinstance(name, str):
             raise TypeError(f"Names of modules and variables are strings, got {name!r} of type {type(name)}.")
         if self.name_reserved(name, col):
-            raise ValueError(f'Duplicate use of the name "{name}" in "{self.path_text}".')
+            raise ValueError(f'Duplicate use of scope name: "{name}" in "{self.path_text}".')
         self.reservations.setdefault(name, set()).add(col)
 
     def default_name(self, prefix: str) -> str:
@@ -241,9 +250,10 @@ class Scope:
             self._collection(col)
         return self._variables
 
-    def mutable_variables(self) -> dict[str, Any]:
+    def mutable_variables(self) -> Mapping[str, Any]:
         """The mutable collections at this place."""
-        return {col: variables for col, variables in self.variables().items() if in_filter(self.mutable, col)}
+        mutable = {col: variables for col, variables in self.variables().items() if in_filter(self.mutable, col)}
+        return freeze(mutable) if config.flax_return_frozendict else mutable
 
     def is_mutable_collection(self, col: str) -> bool:
         """Whether variables of the collection can be assigned to."""
@@ -311,7 +321,7 @@ class Scope:
         if not self.has_variable(col, name):
             if init_fn is None or not self.is_mutable_collection(col):
                 if self.is_collection_empty(col):
-                    raise errors.ScopeCollectionNotFound(col, name, self.path_text)
+                    raise errors.ScopeCollectionNotFound(col, name, self.path_text, self.root._variables)
                 raise errors.ScopeVariableNotFoundError(name, col, self.path_text)
             self.put_variable(col, name, init_fn(*init_args, **init_kwargs))
         return Variable(self, col, name, unbox)
@@ -333,7 +343,7 @@ class Scope:
         else:
             if not self.is_mutable_collection("params"):
                 if self.is_collection_empty("params"):
-                    raise errors.ScopeCollectionNotFound("params", name, self.path_text)
+                    raise errors.ScopeCollectionNotFound("params", name, self.path_text, self.root._variables)
                 raise errors.ScopeParamNotFoundError(name, self.path_text)
             key = self.make_rng("params", needed=not ignores_key(init_fn))
             value = init_fn(key, *init_args, **init_kwargs)
@@ -362,7 +372,7 @@ class Scope:
         stream = name if name in self.rngs else "params"
         if stream not in self.rngs:
             raise errors.InvalidRngError(
-                f'Module "{self.path_text}" needs random keys for "{name}", and none were given. Pass them: '
+                f'At "{self.path_text}", {self.name} needs PRNG for "{name}". Pass a key: '
                 f'model.apply(variables, x, rngs={{"{name}": jax.random.key(0)}}).'
             )
         self._check_valid()

@@ -1,4 +1,4 @@
-"""Attention: masks, the dot-product function, and multi-head layers around it.
+"""Attention: the dot-product function, and multi-head layers around it; and the names of the masks.
 
 Arrays are [batch..., length, heads, depth]; weights, masks and biases are [batch..., heads, queries, keys] or broadcast
 to that, and a mask is true where a query may see a key.
@@ -14,24 +14,21 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
+from distaff.frontend.layers.attention import cache_step, check, dropped_weights, softmax_weights, weighted_values
+from distaff.frontend.layers.attention import combine_masks as combine_masks
+from distaff.frontend.layers.attention import make_attention_mask as make_attention_mask
+from distaff.frontend.layers.attention import make_causal_mask as make_causal_mask
+from distaff.frontend.layers.fields import DotGeneral, Initializer, PrecisionLike
 from distaff.frontend.linen import initializers
 from distaff.frontend.linen.class_transform import compact, nowrap
 from distaff.frontend.linen.dtypes import Array, Dtype, promote_dtype
-from distaff.frontend.linen.fields import DotGeneral, Initializer, PrecisionLike
 from distaff.frontend.linen.initializers import default_kernel_init
 from distaff.frontend.linen.linear import DenseGeneral
 from distaff.frontend.linen.module import Module, merge_param
 from distaff.frontend.linen.normalization import LayerNorm
 
 EinsumFunction: TypeAlias = Callable[..., Array]
-
-
-def _check(condition: bool, message: str, *arrays: Array) -> None:
-    if not condition:
-        raise ValueError(f"{message}, got shapes {', '.join(str(array.shape) for array in arrays)}.")
 
 
 def _einsum(precision: PrecisionLike, dot_general: DotGeneral | None, replacement: EinsumFunction | None) -> Any:
@@ -46,12 +43,12 @@ def _einsum(precision: PrecisionLike, dot_general: DotGeneral | None, replacemen
 
 def _promoted(query: Array, key: Array, value: Array | None, dtype: Dtype | None) -> list[Any]:
     """The arrays in the dtype to compute in; ValueError if their shapes do not fit together."""
-    _check(query.ndim == key.ndim, "query and key must have the same rank", query, key)
-    _check(query.shape[:-3] == key.shape[:-3], "query and key must have the same batch axes", query, key)
-    _check(query.shape[-2:] == key.shape[-2:], "query and key must have the same heads and depth", query, key)
+    check(query.ndim == key.ndim, "query and key must have the same rank", query, key)
+    check(query.shape[:-3] == key.shape[:-3], "query and key must have the same batch axes", query, key)
+    check(query.shape[-2:] == key.shape[-2:], "query and key must have the same heads and depth", query, key)
     if value is not None:
-        _check(key.ndim == value.ndim, "key and value must have the same rank", key, value)
-        _check(
+        check(key.ndim == value.ndim, "key and value must have the same rank", key, value)
+        check(
             key.shape[:-1] == value.shape[:-1], "key and value must have the same batch, length and heads", key, value
         )
     return promote_dtype(query, key, value, dtype=dtype)
@@ -67,29 +64,10 @@ def _softmax_weights(
     module: Module | None,
 ) -> Array:
     """The weights before dropout, sown into ``module``."""
-    dtype = query.dtype
-    scaled = query / np.sqrt(np.float32(query.shape[-1])).astype(dtype)
-    weights = einsum("...qhd,...khd->...hqk", scaled, key)
-    if bias is not None:
-        weights = weights + bias
-    if mask is not None:
-        weights = jnp.where(mask, weights, jnp.finfo(dtype).min)  # type: ignore[no-untyped-call]
-    if force_fp32 and dtype != jnp.float32:
-        weights = jax.nn.softmax(weights.astype(jnp.float32))
-    else:
-        weights = jax.nn.softmax(weights).astype(dtype)
+    weights = softmax_weights(query, key, bias, mask, einsum, force_fp32)
     if module is not None:
         module.sow("intermediates", "attention_weights", weights)
     return weights
-
-
-def _dropped(weights: Array, broadcast: bool, rng: jax.Array | None, rate: float, dtype: Dtype) -> Array:
-    """The weights, each zero with probability ``rate`` and the others scaled."""
-    if rng is None:
-        raise ValueError("Attention dropout needs dropout_rng, or deterministic=True.")
-    shape = (1,) * (weights.ndim - 2) + weights.shape[-2:] if broadcast else weights.shape
-    keep = jax.random.bernoulli(rng, 1.0 - rate, shape)
-    return weights * (keep.astype(dtype) / jnp.asarray(1.0 - rate, dtype))
 
 
 def dot_product_attention_weights(
@@ -130,7 +108,7 @@ def dot_product_attention_weights(
     weights = _softmax_weights(query, key, bias, mask, einsum, force_fp32_for_softmax, module)
     if deterministic or dropout_rate == 0.0:
         return weights
-    return _dropped(weights, broadcast_dropout, dropout_rng, dropout_rate, query.dtype)
+    return dropped_weights(weights, broadcast_dropout, dropout_rng, dropout_rate, query.dtype)
 
 
 def dot_product_attention(
@@ -165,8 +143,8 @@ def dot_product_attention(
     query, key, value = _promoted(query, key, value, dtype)
     weights = _softmax_weights(query, key, bias, mask, qk_einsum, force_fp32_for_softmax, module)
     if not deterministic and dropout_rate > 0.0:
-        weights = _dropped(weights, broadcast_dropout, dropout_rng, dropout_rate, query.dtype)
-    return value_einsum("...hqk,...khd->...qhd", weights, value)  # type: ignore[no-any-return]
+        weights = dropped_weights(weights, broadcast_dropout, dropout_rng, dropout_rate, query.dtype)
+    return weighted_values(weights, value, value_einsum)
 
 
 class MultiHeadDotProductAttention(Module):
@@ -254,7 +232,7 @@ class MultiHeadDotProductAttention(Module):
             norm = functools.partial(LayerNorm, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype)
             query, key = norm(name="query_ln")(query), norm(name="key_ln")(key)
         if self.decode:
-            key, value, mask = self._cached(query, key, value, mask)
+            key, value, mask = self._cached(key, value, mask)
         x = self._attend(query, key, value, mask, deterministic, dropout_rng, sow_weights)
         return self._dense(
             features=self.out_features or inputs_q.shape[-1],
@@ -306,7 +284,7 @@ class MultiHeadDotProductAttention(Module):
         return self.attention_fn(query, key, value, **options)
 
     @nowrap
-    def _cached(self, query: Array, key: Array, value: Array, mask: Array | None) -> tuple[Array, Array, Array | None]:
+    def _cached(self, key: Array, value: Array, mask: Array | None) -> tuple[Array, Array, Array | None]:
         """Put one token's key and value into the cache; all of them, and the mask of those before and at it."""
         is_initialized = self.has_variable("cache", "cached_key")
         cached_key = self.variable("cache", "cached_key", jnp.zeros, key.shape, key.dtype)
@@ -314,17 +292,8 @@ class MultiHeadDotProductAttention(Module):
         cache_index = self.variable("cache", "cache_index", lambda: jnp.array(0, jnp.int32))
         if not is_initialized:
             return key, value, mask
-        *batch, length, heads, depth = cached_key.value.shape
-        if query.shape != (*batch, 1, heads, depth):
-            raise ValueError(
-                f"Decoding takes one token a call, so queries {(*batch, 1, heads, depth)}, got {query.shape}."
-            )
-        index = cache_index.value
-        start = (*(0,) * len(batch), index, 0, 0)
-        cached_key.value = key = lax.dynamic_update_slice(cached_key.value, key, start)
-        cached_value.value = value = lax.dynamic_update_slice(cached_value.value, value, start)
-        cache_index.value = index + 1
-        seen = jnp.broadcast_to(jnp.arange(length) <= index, (*batch, 1, 1, length))
+        key, value, seen = cache_step(cached_key.value, cached_value.value, cache_index.value, key, value)
+        cached_key.value, cached_value.value, cache_index.value = key, value, cache_index.value + 1
         return key, value, combine_masks(mask, seen)
 
 
@@ -333,18 +302,23 @@ def _key_value_inputs(
 ) -> tuple[Array, Array]:
     if inputs_kv is not None:
         if inputs_k is not None or inputs_v is not None:
-            raise ValueError("Give either inputs_kv, or inputs_k and inputs_v, not both.")
-        warnings.warn("inputs_kv is deprecated; pass it as inputs_k.", DeprecationWarning, stacklevel=4)
+            raise ValueError(
+                "If either `inputs_k` or `inputs_v` is not None, `inputs_kv` must be None. Pass inputs_k and inputs_v."
+            )
+        warnings.warn(
+            "The inputs_kv arg will be deprecated soon. Pass it as inputs_k.", DeprecationWarning, stacklevel=4
+        )
         return inputs_kv, inputs_kv
     if inputs_k is None:
         if inputs_v is not None:
-            raise ValueError("Give inputs_k if inputs_v is given; for both the same, give inputs_k alone.")
+            raise ValueError("`inputs_k` cannot be None if `inputs_v` is not None. For both the same, pass inputs_k.")
         inputs_k = inputs_q
     if inputs_v is None:
         return inputs_k, inputs_k
     if inputs_v.shape[-1] == inputs_v.shape[-2]:
         warnings.warn(
-            f"inputs_v has the shape {inputs_v.shape}, which looks like a mask's; a mask is passed as mask=….",
+            f"inputs_v has the shape {inputs_v.shape}, which looks like a mask's. Pass a mask as mask=…: the function "
+            "signature of MultiHeadDotProductAttention's `__call__` method has changed.",
             DeprecationWarning,
             stacklevel=4,
         )
@@ -369,43 +343,10 @@ class SelfAttention(MultiHeadDotProductAttention):
     ) -> Array:
         """Attend from ``inputs_q`` to itself."""
         warnings.warn(
-            "SelfAttention is deprecated; use MultiHeadDotProductAttention, and call it with inputs_q alone.",
+            "SelfAttention will be deprecated soon. Use `MultiHeadDotProductAttention.__call__(inputs_q)` instead.",
             DeprecationWarning,
             stacklevel=2,
         )
         return super().__call__(
             inputs_q, mask=mask, deterministic=deterministic, dropout_rng=dropout_rng, sow_weights=sow_weights
         )
-
-
-def make_attention_mask(
-    query_input: Array,
-    key_input: Array,
-    pairwise_fn: Callable[..., Any] = jnp.multiply,
-    extra_batch_dims: int = 0,
-    dtype: Dtype = jnp.float32,
-) -> Array:
-    """``pairwise_fn`` of each query's and each key's number: [batch..., 1, queries, keys], of ``dtype``.
-
-    Args:
-        query_input: [batch..., queries]; with the default ``pairwise_fn`` 1 for tokens and 0 for padding.
-        key_input: [batch..., keys].
-        extra_batch_dims: number of axes of size 1 to put in front.
-    """
-    mask = pairwise_fn(query_input[..., :, None], key_input[..., None, :])[..., None, :, :]
-    return jnp.expand_dims(mask, tuple(range(extra_batch_dims))).astype(dtype)
-
-
-def make_causal_mask(x: Array, extra_batch_dims: int = 0, dtype: Dtype = jnp.float32) -> Array:
-    """The mask by which each position of ``x`` [batch..., length] sees itself and those before."""
-    positions = jnp.broadcast_to(jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape)
-    return make_attention_mask(positions, positions, jnp.greater_equal, extra_batch_dims, dtype)
-
-
-def combine_masks(*masks: Array | None, dtype: Dtype = jnp.float32) -> Array | None:
-    """The mask that is true where all are, None ones aside; None if there are none. All have the same rank."""
-    given = [mask for mask in masks if mask is not None]
-    if not given:
-        return None
-    _check(all(mask.ndim == given[0].ndim for mask in given), "Masks must have the same rank", *given)
-    return functools.reduce(jnp.logical_and, given).astype(dtype)

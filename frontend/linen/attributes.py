@@ -27,25 +27,25 @@ def map_modules(fn: Callable[[str, Any], Any], value: Any, suffix: str = "") -> 
     if isinstance(value, Mapping):
         return _map_items(fn, value, suffix) if isinstance(value, dict | FrozenDict) else value
     if isinstance(value, list | tuple):
-        items = [map_modules(fn, item, f"{suffix}_{_place(value, i)}") for i, item in enumerate(value)]
+        places = getattr(value, "_fields", map(str, range(len(value))))
+        items = _map_places(fn, dict(zip(places, value, strict=True)), suffix).values()
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if hasattr(value, "_flax_dataclass") and not isinstance(value, type):
-        fields = {f.name for f in dataclasses.fields(value) if f.metadata.get("pytree_node", True)}
-        changed = {name: map_modules(fn, getattr(value, name), f"{suffix}_{name}") for name in fields}
-        return dataclasses.replace(value, **changed)
+        fields = [f.name for f in dataclasses.fields(value) if f.metadata.get("pytree_node", True)]
+        return dataclasses.replace(value, **_map_places(fn, {name: getattr(value, name) for name in fields}, suffix))
     return value
-
-
-def _place(value: list[Any] | tuple[Any, ...], index: int) -> str:
-    """The name of an item of a sequence: its field's in a named tuple, otherwise its index."""
-    fields = getattr(value, "_fields", None)
-    return fields[index] if fields else str(index)
 
 
 def _map_items(fn: Callable[[str, Any], Any], value: Mapping[Any, Any], suffix: str) -> FrozenDict[Any, Any]:
     if len({str(key) for key in value}) < len(value):
         raise ValueError(f"Two keys of this attribute's dict have the same text, so names would clash: {list(value)}")
-    return FrozenDict({key: map_modules(fn, item, f"{suffix}_{key}") for key, item in value.items()})
+    return FrozenDict(_map_places(fn, value, suffix))
+
+
+def _map_places(fn: Callable[[str, Any], Any], value: Mapping[Any, Any], suffix: str) -> dict[Any, Any]:
+    """``value`` with its items mapped, visited by name in alphabetical order: the first place names a shared module."""
+    mapped = {key: map_modules(fn, value[key], f"{suffix}_{key}") for key in sorted(value, key=str)}
+    return {key: mapped[key] for key in value}
 
 
 def attribute_text(value: Any) -> str:

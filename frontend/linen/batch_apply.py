@@ -30,7 +30,9 @@ class BatchApply:
         sizes = [jnp.shape(x) for x in jax.tree.leaves((args, kwargs))]
         leading = next((shape[: self.num_dims] for shape in sizes if len(shape) >= self.num_dims), None)
         if leading is None:
-            raise ValueError(f"BatchApply needs an argument with at least {self.num_dims} axes, got shapes {sizes}.")
+            raise ValueError(
+                f"BatchApply requires at least one input with ndim >= {self.num_dims}; got shapes {sizes}."
+            )
         args, kwargs = jax.tree.map(self._merge, (args, kwargs))
         return jax.tree.map(lambda x: x.reshape(*leading, *x.shape[1:]), self._f(*args, **kwargs))
 

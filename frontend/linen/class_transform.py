@@ -15,7 +15,7 @@ import jax
 
 from distaff.frontend import errors
 from distaff.frontend.linen.context import context, intercepted
-from distaff.frontend.linen.module_base import ModuleBase
+from distaff.frontend.linen.module_base import ModuleBase, SetupState
 
 if TYPE_CHECKING:
     from distaff.frontend.linen.module import Module
@@ -61,7 +61,7 @@ def compact_name_scope(fun: F) -> F:
     def method(module: Any, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(module, "_name_scopes"):
             raise ValueError(
-                f"Cannot call the compact_name_scope method {name!r} on a module that is not set up. Call it inside "
+                f"Cannot call compact_name_scope method {name!r} on a Module that has not been setup. Call it inside "
                 "init, apply or bind, and not in setup()."
             )
         return module._name_scopes[name](*args, **kwargs)
@@ -84,10 +84,13 @@ def make_dataclass(cls: Any, kw_only: bool) -> None:
             # Set in setup: modules that were not set up yet do not have it.
             field.compare, field.hash, field.repr = False, False, False
     dataclasses.dataclass(repr=False, kw_only=kw_only, unsafe_hash="__hash__" not in cls.__dict__)(cls)
+    for name in _RESERVED:  # after the class's own fields, as for readers of the signature
+        cls.__dataclass_fields__[name] = cls.__dataclass_fields__.pop(name)
     if not hasattr(cls.__hash__, "of_unbound"):
         cls.__hash__ = _hash_of_unbound(cls.__hash__)
     scoped = [name for name, value in cls.__dict__.items() if hasattr(value, "compact_name_scope")]
-    cls._name_scope_methods = (*cls._name_scope_methods, *(n for n in scoped if n not in cls._name_scope_methods))
+    inherited = cls._compact_name_scope_methods
+    cls._compact_name_scope_methods = (*inherited, *(name for name in scoped if name not in inherited))
     cls._config_fields = tuple(f.name for f in dataclasses.fields(cls) if f.init and f.name not in _RESERVED)
 
 
@@ -95,7 +98,7 @@ def _hash_of_unbound(hash_fn: Callable[[Any], int]) -> Callable[[Any], int]:
     @functools.wraps(hash_fn)
     def hash_module(self: Any) -> int:
         if self.scope is not None:
-            raise TypeError("Can't call __hash__ on modules that hold variables. Hash the unbound module.")
+            raise TypeError("Can't call __hash__ on modules that hold variables.")
         try:
             return hash_fn(self)
         except TypeError as error:
@@ -131,7 +134,7 @@ def wrap_method(fun: Callable[..., Any]) -> Callable[..., Any]:
         if not args or not isinstance(args[0], ModuleBase):
             return fun(*args, **kwargs)
         module: Any = args[0]
-        if not is_setup and module.scope is not None and not module._state.setup_called:
+        if not is_setup and module.scope is not None and module._state.setup_called is not SetupState.DONE:
             module._try_setup()
         if context.interceptors:
             return run(module, name, profile_suffix, intercepted(fun, module, name), args[1:], kwargs)

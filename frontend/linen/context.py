@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from distaff.frontend.configurations import config
+
 if TYPE_CHECKING:
     from distaff.frontend.linen.module import Module
 
@@ -22,7 +24,7 @@ class _Context(threading.local):
         self.module_stack: list[Module | None] = [None]
         self.capture_stack: list[CaptureFilter | None] = [None]
         self.interceptors: list[Interceptor] = []
-        self.named_calls = True
+        self.named_calls: bool = config.flax_profile
 
 
 context = _Context()

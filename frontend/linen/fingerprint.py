@@ -13,15 +13,28 @@ from distaff.frontend.core.scope import Scope, Variable
 from distaff.frontend.linen.attributes import PLAIN_TYPES
 from distaff.frontend.linen.module import Module
 from distaff.frontend.linen.module_base import ModuleState
+from distaff.frontend.state_dict import is_serializable, to_state_dict
 
 
-def module_fingerprint(x: Module | Variable[Any]) -> Any:
-    """The fingerprint of a module: its configuration, and its state and scope where they change what it does.
+@dataclasses.dataclass(frozen=True)
+class _HashableProxy:
+    """Stands for a module in the keys of compiled code: equal for equal fingerprints, and hashed once."""
 
-    Raises:
-        ValueError: a field is not hashable; the message names it.
-    """
-    return _fingerprint(x, (), {})
+    fingerprint: Any
+    hash_key: int
+
+    @classmethod
+    def from_module(cls, module: Module | Variable[Any]) -> _HashableProxy:
+        """The fingerprint of a module: its configuration, and its state and scope where they change what it does.
+
+        Raises:
+            ValueError: a field is not hashable; the message names it.
+        """
+        fingerprint = _fingerprint(module, (), {})
+        return cls(fingerprint, hash(fingerprint))
+
+    def __hash__(self) -> int:
+        return self.hash_key
 
 
 def _fingerprint(x: Any, path: tuple[str, ...], seen: dict[int, int]) -> Any:
@@ -44,6 +57,8 @@ def _fingerprint(x: Any, path: tuple[str, ...], seen: dict[int, int]) -> Any:
         return x.shape, str(x.dtype), x.tobytes()
     if isinstance(x, list | tuple):
         return type(x), tuple(_fingerprint(item, (*path, str(i)), seen) for i, item in enumerate(x))
+    if is_serializable(x):
+        return type(x), _fingerprint(to_state_dict(x), path, seen)
     if not _is_hashable(x):
         raise ValueError(
             f"Value at {'/'.join(path)!r} is not hashable, and nn.jit needs to compare modules: {x!r} of type "
@@ -69,7 +84,7 @@ def _of_module(module: Module, path: tuple[str, ...], seen: dict[int, int]) -> A
 
 
 def _of_state(state: ModuleState) -> Any:
-    flags = (state.in_compact_method, state.in_setup, state.setup_called, state.setup_repeats, state.is_initialized)
+    flags = (state.in_compact_method, state.in_setup, state.setup_called, state.is_initialized)
     return flags, tuple(state.autoname_cursor.items())
 
 

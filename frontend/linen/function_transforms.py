@@ -177,9 +177,11 @@ def while_loop(
         broadcast_variables: the collections that are only read.
         split_rngs: for each random stream whether iterations draw different keys.
     """
-    return lift_direct(  # type: ignore[no-any-return]
-        lift.while_loop, (cond_fn, body_fn), mdl, init, carry_variables, broadcast_variables, split_rngs
-    )
+
+    def while_loop(cond_fn: Callable[[Any, C], Any], body_fn: Callable[[Any, C], C], scope: Any, init: C) -> C:
+        return lift.while_loop(cond_fn, body_fn, scope, init, carry_variables, broadcast_variables, split_rngs)
+
+    return lift_direct(while_loop, (cond_fn, body_fn), mdl, init)  # type: ignore[no-any-return]
 
 
 def cond(

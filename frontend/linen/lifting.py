@@ -21,7 +21,7 @@ from distaff.frontend.core.rng import LazyRng
 from distaff.frontend.core.scope import Scope, Variable
 from distaff.frontend.linen.attributes import PLAIN_TYPES
 from distaff.frontend.linen.class_transform import wrap_method
-from distaff.frontend.linen.fingerprint import module_fingerprint
+from distaff.frontend.linen.fingerprint import _HashableProxy
 from distaff.frontend.linen.module import Module, unbound_function
 from distaff.frontend.linen.module_base import ModuleState
 
@@ -118,7 +118,7 @@ class _Cast:
             name: value if type(value) in PLAIN_TYPES else jax.tree.map(self, value)
             for name, value in _fields(module).items()
         }
-        return cls(**fields, name=module.name, parent=self._scopes[id(module)])
+        return cls(**fields, name=module.name, parent=self._scopes.get(id(module)))
 
 
 def _check_output(output: Any, name: object) -> None:
@@ -182,7 +182,10 @@ def _only(scopes: list[Scope]) -> Scope:
 @contextlib.contextmanager
 def _forked_rngs(module: Module) -> Iterator[None]:
     """Let the streams of the module start at keys drawn from them."""
-    scope = module._bound("run a compiled method")
+    scope = module.scope
+    if scope is None:  # nothing to draw
+        yield
+        return
     before = scope.rngs
     scope.rngs = {stream: LazyRng.create(scope.make_rng(stream)) for stream in before}
     try:
@@ -216,7 +219,7 @@ def lifted_once(
     def call(module: Module, *args: Any, **kwargs: Any) -> Any:
         with _forked_rngs(module):
             crossing = _Crossing(module, args, kwargs)
-            key = tuple(module_fingerprint(x) for x in crossing.passengers)
+            key = tuple(_HashableProxy.from_module(x) for x in crossing.passengers)
             with calls.running((crossing, module._state.inside_transform())):
                 output = transformed(crossing.scopes, key, *crossing.args, **crossing.kwargs)
         module._state.follow(states[key])

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from distaff.frontend.core.initializer_shapes import makes_requested_shape
+from distaff.frontend.layers.convolution import canonicalize_padding as canonicalize_padding
+from distaff.frontend.layers.fields import Axes, DotGeneral, Initializer, PrecisionLike, as_tuple, axes_from_front
+from distaff.frontend.layers.linear import check_equation, kernel_axes_of_result, look_up, project
 from distaff.frontend.linen import initializers
 from distaff.frontend.linen.class_transform import compact
 from distaff.frontend.linen.convolution import Conv as Conv
 from distaff.frontend.linen.convolution import ConvLocal as ConvLocal
 from distaff.frontend.linen.convolution import ConvTranspose as ConvTranspose
-from distaff.frontend.linen.convolution import canonicalize_padding as canonicalize_padding
 from distaff.frontend.linen.dtypes import Array, Dtype, promote_dtype
-from distaff.frontend.linen.fields import Axes, DotGeneral, Initializer, PrecisionLike, as_tuple, axes_from_front
 from distaff.frontend.linen.initializers import default_kernel_init as default_kernel_init
 from distaff.frontend.linen.module import Module, merge_param
 
@@ -116,13 +117,8 @@ def _project(
         bias = layer.param("bias", bias_init, bias_shape, layer.param_dtype)
     inputs, kernel, bias = layer.promote_dtype(inputs, kernel, bias, dtype=layer.dtype)
 
-    contracted = tuple(range(len(batch_dims), len(input_sizes)))
     dot_general = layer.dot_general_cls() if layer.dot_general_cls else layer.dot_general or lax.dot_general
-    out = dot_general(inputs, kernel, ((axis, contracted), (batch_dims, batch_dims)), precision=layer.precision)
-    if bias is not None:
-        others = (1,) * (inputs.ndim - len(input_sizes))
-        out += jnp.reshape(bias, (*batch_shape, *others, *features))
-    return out
+    return project(inputs, kernel, bias, axis, batch_dims, dot_general, precision=layer.precision)
 
 
 def _flattened(init_fn: Initializer, flat_shape: tuple[int, ...], shape: tuple[int, ...]) -> Initializer:
@@ -164,15 +160,11 @@ class Einsum(Module):
     @compact
     def __call__(self, inputs: Array, einsum_str: str | None = None) -> Array:
         """Apply the layer; ValueError if the equation does not have the form "…,…->…"."""
-        equation = merge_param("einsum_str", self.einsum_str, einsum_str).replace(" ", "")
-        if "->" not in equation or equation.count(",") != 1:
-            raise ValueError(
-                f'`einsum_str` must have two operands and an explicit "->", as in "bi,io->bo": {equation!r}'
-            )
+        equation = check_equation(merge_param("einsum_str", self.einsum_str, einsum_str))
         kernel = self.param("kernel", self.kernel_init, self.shape, self.param_dtype)
         bias, broadcast_shape = None, None
         if self.use_bias:
-            broadcast_shape = _einsum_bias_shape(equation, inputs.ndim, kernel.shape)
+            broadcast_shape = kernel_axes_of_result(equation, inputs.ndim, kernel.shape)
             bias_shape = tuple(size for size in broadcast_shape if size is not None)
             bias = self.param("bias", self.bias_init, bias_shape, self.param_dtype)
         inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
@@ -182,17 +174,6 @@ class Einsum(Module):
         if broadcast_shape is not None:
             y += jnp.reshape(bias, tuple(1 if size is None else size for size in broadcast_shape))
         return y
-
-
-def _einsum_bias_shape(equation: str, ndim: int, kernel_shape: tuple[int, ...]) -> list[int | None]:
-    """For each axis of the output its size if it is an axis of the kernel, otherwise None."""
-    operands, result = equation.split("->")
-    inputs, kernel = operands.split(",")
-    if "..." in kernel:
-        raise ValueError(f"With use_bias the kernel's axes must all be named, got {equation!r}.")
-    batch = "." * (ndim - len(inputs.replace("...", "")))
-    sizes = dict(zip(kernel, kernel_shape, strict=True))
-    return [sizes.get(letter) for letter in result.replace("...", batch)]
 
 
 class Embed(Module):
@@ -223,12 +204,8 @@ class Embed(Module):
 
     def __call__(self, inputs: Array) -> Array:
         """The vectors at the integers ``inputs``; ValueError if they are not integers."""
-        if not jnp.issubdtype(inputs.dtype, jnp.integer):
-            raise ValueError(f"Embed looks up integers, got an input of dtype {inputs.dtype}.")
         (embedding,) = self.promote_dtype(self.embedding, dtype=self.dtype, inexact=False)
-        if self.num_embeddings == 1:  # no valid index but 0, and nothing to look up
-            return jnp.broadcast_to(embedding[0], (*inputs.shape, self.features))
-        return jnp.take(embedding, inputs, axis=0)
+        return look_up(embedding, inputs)
 
     def attend(self, query: Array) -> Array:
         """Logits [..., num_embeddings] of ``query`` [..., features]: its products with all vectors (tied weights)."""

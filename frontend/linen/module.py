@@ -10,25 +10,33 @@ from __future__ import annotations
 import dataclasses
 import enum
 import inspect
-import itertools
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from distaff.frontend import core, errors
+from distaff.frontend.configurations import config
 from distaff.frontend.core.filters import CollectionFilter
 from distaff.frontend.core.functional import lazy_variables
 from distaff.frontend.core.rng import LazyRng, PRNGKey, is_valid_rng
 from distaff.frontend.core.scope import Scope
+from distaff.frontend.ids import FlaxId, uuid
+from distaff.frontend.layers.fields import merge_param as merge_param
 from distaff.frontend.linen import class_transform
 from distaff.frontend.linen.attributes import PLAIN_TYPES, attribute_text, map_modules
+from distaff.frontend.linen.class_transform import compact as compact
+from distaff.frontend.linen.class_transform import compact_name_scope as compact_name_scope
+from distaff.frontend.linen.class_transform import nowrap as nowrap
 from distaff.frontend.linen.context import CaptureFilter, context
+from distaff.frontend.linen.context import InterceptorContext as InterceptorContext
+from distaff.frontend.linen.context import disable_named_call as disable_named_call
+from distaff.frontend.linen.context import enable_named_call as enable_named_call
+from distaff.frontend.linen.context import intercept_methods as intercept_methods
+from distaff.frontend.linen.context import override_named_call as override_named_call
 from distaff.frontend.linen.functional import ALL_BUT_INTERMEDIATES, apply, init_with_output
-from distaff.frontend.linen.module_base import ModuleBase, ModuleState
-
-T = TypeVar("T")
-
-_ids = itertools.count()
+from distaff.frontend.linen.functional import init as init
+from distaff.frontend.linen.module_base import ModuleBase, ModuleState, SetupState
+from distaff.frontend.linen.sharing import share_scope as share_scope
 
 
 class _Unspecified(enum.Enum):
@@ -73,7 +81,7 @@ class Module(ModuleBase):
         parent: Any = dataclasses.field(default=None, kw_only=True)
         name: str | None = dataclasses.field(default=None, kw_only=True)
     _config_fields: ClassVar[tuple[str, ...]] = ()
-    _name_scope_methods: ClassVar[tuple[str, ...]] = ()
+    _compact_name_scope_methods: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, kw_only: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -90,7 +98,7 @@ class Module(ModuleBase):
     # Construction and attachment.
 
     def __post_init__(self) -> None:
-        self.__dict__["_id"] = next(_ids)
+        self.__dict__["_id"] = uuid()
         state = self.__dict__["_state"] = ModuleState()
         if self.parent is _Unspecified.PARENT:
             self.parent = context.module_stack[-1]
@@ -121,7 +129,7 @@ class Module(ModuleBase):
             parent._state.autoname_cursor[cls] = number + 1
             self.name = f"{cls}_{number}"
         scope = parent._bound("create submodules")
-        repeats = parent._state.in_setup and parent._state.setup_repeats
+        repeats = parent._state.in_setup and parent._state.setup_called is SetupState.TRANSFORMED
         if not repeats and scope.name_reserved(self.name):
             raise errors.NameInUseError("submodule", self.name, type(parent).__name__)
         parent._state.children[self.name] = self
@@ -131,7 +139,7 @@ class Module(ModuleBase):
         """Assign an attribute, adopting the modules in it that belong to nobody yet."""
         adopted_here: list[Module] = []
         adopted = self._bound("register submodules").root.adopted
-        keep_names = getattr(type(self), "preserve_adopted_names", False)
+        keep_names = getattr(type(self), "preserve_adopted_names", config.flax_preserve_adopted_names)
 
         def adopt(suffix: str, module: Module) -> Module:
             own_name = module.name if keep_names else None
@@ -140,8 +148,8 @@ class Module(ModuleBase):
                 clone = adopted.get(original)
                 module = adopted[original] = module.clone(name=None) if clone is None else clone
             if module.name is None:
-                module.parent = self
-                module.name = own_name or f"{name}{suffix}"
+                object.__setattr__(module, "parent", self)
+                object.__setattr__(module, "name", own_name or f"{name}{suffix}")
                 adopted_here.append(module)
             return module
 
@@ -152,20 +160,20 @@ class Module(ModuleBase):
     def _try_setup(self) -> None:
         """Run ``setup`` if the module is bound and it has not run."""
         state = self._state
-        if self.scope is None or state.in_setup or state.setup_called:
+        if self.scope is None or state.in_setup or state.setup_called is SetupState.DONE:
             return
         try:
             state.in_setup = True
             self.setup()
-            if self._name_scope_methods:
+            if self._compact_name_scope_methods:
                 self._make_name_scopes()
         finally:
             state.in_setup = False
-            state.setup_called = True
+            state.setup_called = SetupState.DONE
 
     def _make_name_scopes(self) -> None:
         """Make the submodules that the methods marked ``compact_name_scope`` run in."""
-        methods = {name: getattr(type(self), name).__wrapped__ for name in self._name_scope_methods}
+        methods = {name: getattr(type(self), name).__wrapped__ for name in self._compact_name_scope_methods}
         object.__setattr__(self, "_name_scopes", {})
         for name, method in methods.items():
             self._name_scopes[name] = _NameScope(method, weakref.ref(self), name=name, parent=self)
@@ -227,7 +235,7 @@ class Module(ModuleBase):
         self,
         *,
         parent: Module | Scope | _Unspecified | None = None,
-        _deep_clone: bool | dict[int, Module] = False,
+        _deep_clone: bool | dict[FlaxId, Module] = False,
         _reset_names: bool = False,
         **updates: Any,
     ) -> Self:
@@ -240,7 +248,7 @@ class Module(ModuleBase):
         attributes.update(name=self.name, parent=parent)
         attributes.update(updates)
         if _deep_clone is not False:
-            clones: dict[int, Module] = {} if _deep_clone is True else _deep_clone
+            clones: dict[FlaxId, Module] = {} if _deep_clone is True else _deep_clone
             renamed: dict[str, Any] = {"name": None} if _reset_names else {}
 
             def clone(suffix: str, module: Module) -> Module:
@@ -438,8 +446,8 @@ class Module(ModuleBase):
             return rngs
         if not is_valid_rng(rngs):
             raise errors.InvalidRngError(
-                f"{type(self).__name__} was given {rngs!r} as random key. Pass jax.random.key(0), or a dict such as "
-                '{"params": jax.random.key(0), "dropout": jax.random.key(1)}.'
+                f"RNGs should be of shape (2,) or PRNGKey in Module {type(self).__name__}, but rngs are: {rngs}. Pass "
+                'jax.random.key(0), or a dict such as {"params": jax.random.key(0), "dropout": jax.random.key(1)}.'
             )
         return {"params": rngs}
 
@@ -477,11 +485,3 @@ def _check_module(module: Any) -> None:
         raise errors.InvalidInstanceModuleError()
     if "_state" not in module.__dict__:
         raise errors.IncorrectPostInitOverrideError()
-
-
-def merge_param(name: str, a: T | None, b: T | None) -> T:
-    """The one of a constructor argument and a call argument that is given; ValueError if both or neither are."""
-    if (a is None) == (b is None):
-        how = "not at all" if a is None else "both"
-        raise ValueError(f'Pass "{name}" either to the constructor or to the call; it was passed {how}.')
-    return a if a is not None else b  # type: ignore[return-value]

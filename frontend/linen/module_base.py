@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable
 from typing import Any, dataclass_transform
 
@@ -14,21 +15,26 @@ from distaff.frontend.core.rng import PRNGKey
 from distaff.frontend.core.scope import Scope, Variable
 
 
+class SetupState(enum.IntEnum):
+    """Whether a module's ``setup`` has run: not at all, only on the outside of the present transform, or here."""
+
+    NEW = 0
+    TRANSFORMED = 1
+    DONE = 2
+
+
 class ModuleState:
     """The changing part of a module: where it is in its life, and what it has made so far."""
 
     __slots__ = (
         "autoname_cursor", "children", "in_compact_method", "in_setup", "is_initialized", "setup_called",
-        "setup_repeats",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.in_compact_method = False
         self.in_setup = False
-        self.setup_called = False
+        self.setup_called = SetupState.NEW
         self.is_initialized = False
-        # Inside a lifted transform: setup ran outside already, so its names are taken rightly.
-        self.setup_repeats = False
         # The next number of each class's automatic names: {"Dense": 2} after Dense_0 and Dense_1.
         self.autoname_cursor: dict[str, int] = {}
         # Submodules, and for variables the collection, by name.
@@ -43,7 +49,7 @@ class ModuleState:
     def inside_transform(self) -> ModuleState:
         """The state of the module's clone inside a lifted transform; setup runs again there."""
         state = ModuleState()
-        state.setup_repeats = self.setup_called or self.setup_repeats
+        state.setup_called = SetupState.TRANSFORMED if self.setup_called else SetupState.NEW
         state.follow(self)
         return state
 
@@ -73,7 +79,7 @@ class ModuleBase:
     def _bound(self, purpose: str) -> Scope:
         if self.scope is None:
             raise ValueError(
-                f"Can't {purpose} on an unbound module ({type(self).__name__}). Do it inside a method that runs under "
+                f"Can't {purpose} on unbound modules ({type(self).__name__}). Do it inside a method that runs under "
                 "init or apply, or on module.bind(variables)."
             )
         return self.scope
@@ -82,8 +88,8 @@ class ModuleBase:
         """The scope, for a method that may declare a variable ``name`` here and now."""
         if not self._initialization_allowed:
             raise ValueError(
-                f'The {kind} "{name}" of {type(self).__name__} must be declared in setup() or in a method wrapped in '
-                "@nn.compact."
+                f'The {kind} "{name}" of {type(self).__name__} must be initialized in `setup()` or in a method wrapped '
+                "in `@compact`."
             )
         scope = self._bound(f"declare a {kind}")
         if scope.name_reserved(name, col):
@@ -164,14 +170,14 @@ class ModuleBase:
 
     def has_rng(self, name: str) -> bool:
         """Whether a random stream of that name was given to this call."""
-        return self._bound("query for random keys").has_rng(name)
+        return self._bound("query for RNGs").has_rng(name)
 
     def make_rng(self, name: str = "params") -> PRNGKey:
         """A new key from a random stream, or from ``params`` if the stream was not given.
 
         The key depends on the given key, the module's path and the number of the draw, and on nothing else.
         """
-        return self._bound("use random keys").make_rng(name)
+        return self._bound("use RNGs").make_rng(name)
 
     def is_initializing(self) -> bool:
         """Whether this call is ``init``."""
@@ -180,7 +186,7 @@ class ModuleBase:
     @property
     def path(self) -> tuple[str, ...]:
         """The names from the root module, whose path is ``()``, to this one."""
-        return self._bound("access the path").path
+        return self._bound("access module paths").path
 
     def sow(
         self,
@@ -223,7 +229,7 @@ class ModuleBase:
             return value
         if not scope.has_variable(collection, name):
             raise ValueError(
-                f'The collection "{collection}" was passed to apply without "{name}" at "{scope.path_text}". Make the '
-                "perturbations with init, or leave the collection out."
+                f'Perturbation collection "{collection}" was passed to apply without "{name}" at "{scope.path_text}". '
+                "Make the perturbations with init, or leave the collection out."
             )
         return jax.tree.map(jnp.add, value, scope.get_variable(collection, name))

@@ -15,59 +15,37 @@ Calls take ``mask``, broadcastable to the input: which elements the statistics c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 
+from distaff.frontend.layers.fields import Axes, Initializer
+from distaff.frontend.layers.normalization import (
+    Statistics,
+    distinct_axes,
+    group_axes,
+    instance_axes,
+    normalize,
+    number_of_groups,
+)
 from distaff.frontend.linen import initializers
-from distaff.frontend.linen.class_transform import compact, nowrap
-from distaff.frontend.linen.dtypes import Array, Dtype, canonicalize_dtype
-from distaff.frontend.linen.fields import Axes, Initializer, axes_from_front
+from distaff.frontend.linen.class_transform import compact
+from distaff.frontend.linen.dtypes import Array, Dtype
 from distaff.frontend.linen.module import Module, merge_param
 from distaff.frontend.linen.weight_norms import SpectralNorm as SpectralNorm
 from distaff.frontend.linen.weight_norms import WeightNorm as WeightNorm
 
 
-def _axes(axes: Axes, ndim: int) -> tuple[int, ...]:
-    """Axes counted from the front, each once, in order."""
-    return tuple(dict.fromkeys(axes_from_front(axes, ndim)))
-
-
-def _abs_sq(x: Array) -> Array:
-    """|x|², real for complex x."""
-    return lax.square(lax.real(x)) + lax.square(lax.imag(x)) if jnp.iscomplexobj(x) else lax.square(x)
-
-
-def _for_statistics(layer: Any, x: Array) -> Array:
-    """``x`` in the dtype that statistics are computed in."""
-    dtype = jnp.result_type(x) if layer.dtype is None else layer.dtype
-    return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32) if layer.force_float32_reductions else dtype)
-
-
-def _means(
-    layer: Any, values: Sequence[Array], axes: tuple[int, ...], mask: Array | None, axis_name: str | None
-) -> list[Array]:
-    """The mean of each array over ``axes``, which are removed, and over the mapped axis ``axis_name``."""
-    where = None if mask is None else jnp.asarray(mask, bool)
-    local = [jnp.mean(value, axes, where=where) for value in values]
-    if axis_name is None:
-        return local
-    return list(lax.pmean(jnp.stack(local), axis_name, axis_index_groups=layer.axis_index_groups))
-
-
-def _mean_and_variance(
-    layer: Any, x: Array, axes: tuple[int, ...], mask: Array | None, axis_name: str | None
-) -> tuple[Array, Array]:
-    x = _for_statistics(layer, x)
-    if layer.use_fast_variance:
-        mean, mean_square = _means(layer, [x, _abs_sq(x)], axes, mask, axis_name)
-        return mean, jnp.maximum(0.0, mean_square - _abs_sq(mean))
-    (mean,) = _means(layer, [x], axes, mask, axis_name)
-    (var,) = _means(layer, [_abs_sq(x - jnp.expand_dims(mean, axes))], axes, mask, axis_name)
-    return mean, var
+def _statistics(layer: Any, mask: Array | None) -> Statistics:
+    """How the layer computes statistics."""
+    return Statistics(
+        layer.dtype,
+        mask,
+        layer.axis_name,
+        layer.axis_index_groups,
+        layer.use_fast_variance,
+        layer.force_float32_reductions,
+    )
 
 
 def _normalize(
@@ -78,41 +56,13 @@ def _normalize(
     reduction_axes: tuple[int, ...],
     feature_axes: tuple[int, ...],
 ) -> Array:
-    """``(x - mean) / sqrt(var + epsilon)``, with the parameters ``scale`` and ``bias`` over ``feature_axes``.
-
-    A layer that subtracts no mean adds no bias either.
-    """
-    param_shape = tuple(x.shape[axis] for axis in feature_axes)
-    broadcast_shape = tuple(size if axis in feature_axes else 1 for axis, size in enumerate(x.shape))
-    factor = lax.rsqrt(jnp.expand_dims(var, reduction_axes) + layer.epsilon)
-    y = x if mean is None else x - jnp.expand_dims(mean, reduction_axes)
-    inputs = [x]
-    if layer.use_scale:
-        scale = layer.param("scale", layer.scale_init, param_shape, layer.param_dtype).reshape(broadcast_shape)
-        factor *= scale if layer.force_float32_reductions else jnp.asarray(scale, layer.param_dtype)
-        inputs.append(scale)
-    y *= factor
-    if mean is not None and layer.use_bias:
-        bias = layer.param("bias", layer.bias_init, param_shape, layer.param_dtype).reshape(broadcast_shape)
-        y += bias if layer.force_float32_reductions else jnp.asarray(bias, layer.param_dtype)
-        inputs.append(bias)
-    return jnp.asarray(y, canonicalize_dtype(*inputs, dtype=layer.dtype))
-
-
-def _normalized(
-    layer: Any,
-    x: Array,
-    reduction_axes: tuple[int, ...],
-    feature_axes: tuple[int, ...],
-    mask: Array | None,
-    subtract_mean: bool = True,
-) -> Array:
-    """``x``, normalised by its own statistics over ``reduction_axes``."""
-    if subtract_mean:
-        mean, var = _mean_and_variance(layer, x, reduction_axes, mask, layer.axis_name)
-        return _normalize(layer, x, mean, var, reduction_axes, feature_axes)
-    (mean_square,) = _means(layer, [_abs_sq(_for_statistics(layer, x))], reduction_axes, mask, layer.axis_name)
-    return _normalize(layer, x, None, mean_square, reduction_axes, feature_axes)
+    """``x`` normalised, with the parameters ``scale`` and ``bias``; without a mean there is no bias either."""
+    shape = tuple(x.shape[axis] for axis in feature_axes)
+    scale = layer.param("scale", layer.scale_init, shape, layer.param_dtype) if layer.use_scale else None
+    has_bias = mean is not None and layer.use_bias
+    bias = layer.param("bias", layer.bias_init, shape, layer.param_dtype) if has_bias else None
+    param_dtype = None if layer.force_float32_reductions else layer.param_dtype
+    return normalize(x, mean, var, scale, bias, reduction_axes, feature_axes, layer.epsilon, layer.dtype, param_dtype)
 
 
 class LayerNorm(Module):
@@ -138,7 +88,9 @@ class LayerNorm(Module):
     @compact
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
         """Normalise ``x``."""
-        return _normalized(self, x, _axes(self.reduction_axes, x.ndim), _axes(self.feature_axes, x.ndim), mask)
+        axes = distinct_axes(self.reduction_axes, x.ndim)
+        mean, var = _statistics(self, mask).mean_and_variance(x, axes)
+        return _normalize(self, x, mean, var, axes, distinct_axes(self.feature_axes, x.ndim))
 
 
 class RMSNorm(Module):
@@ -162,8 +114,9 @@ class RMSNorm(Module):
     @compact
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
         """Normalise ``x``."""
-        axes, feature_axes = _axes(self.reduction_axes, x.ndim), _axes(self.feature_axes, x.ndim)
-        return _normalized(self, x, axes, feature_axes, mask, subtract_mean=False)
+        axes = distinct_axes(self.reduction_axes, x.ndim)
+        mean_square = _statistics(self, mask).mean_square(x, axes)
+        return _normalize(self, x, None, mean_square, axes, distinct_axes(self.feature_axes, x.ndim))
 
 
 class GroupNorm(Module):
@@ -194,30 +147,10 @@ class GroupNorm(Module):
     @compact
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
         """Normalise ``x`` [batch, ..., channels]; ValueError if the groups do not divide the channels."""
-        last = x.ndim - 1
-        axes = _axes((*range(1, last), last) if self.reduction_axes is None else self.reduction_axes, x.ndim)
-        if axes[-1] != last:
-            raise ValueError(f"reduction_axes {self.reduction_axes} must include the last axis, that of the channels.")
-        groups = self._number_of_groups(x.shape[-1])
-        group_size = x.shape[-1] // groups
-        if mask is not None:
-            mask = jnp.broadcast_to(mask, x.shape).reshape(*x.shape[:-1], groups, group_size)
-        grouped = x.reshape(*x.shape[:-1], groups, group_size)
-        mean, var = _mean_and_variance(self, grouped, (*axes[:-1], last + 1), mask, self.axis_name)
-        mean, var = jax.tree.map(lambda value: jnp.repeat(value, group_size, axis=-1), (mean, var))
-        return _normalize(self, x, mean, var, axes[:-1], (last,))
-
-    @nowrap
-    def _number_of_groups(self, channels: int) -> int:
-        if (self.num_groups is None) == (self.group_size is None):
-            raise ValueError("Give either num_groups or group_size; with group_size pass num_groups=None.")
-        if self.group_size is not None:
-            if channels % self.group_size:
-                raise ValueError(f"group_size {self.group_size} does not divide the number of channels, {channels}.")
-            return channels // self.group_size
-        if not self.num_groups or self.num_groups < 0 or channels % self.num_groups:
-            raise ValueError(f"num_groups {self.num_groups} does not divide the number of channels, {channels}.")
-        return self.num_groups
+        axes = group_axes(self.reduction_axes, x.ndim)
+        groups = number_of_groups(x.shape[-1], self.num_groups, self.group_size)
+        mean, var = _statistics(self, mask).of_groups(x, groups, axes)
+        return _normalize(self, x, mean, var, axes[:-1], (x.ndim - 1,))
 
 
 class InstanceNorm(Module):
@@ -243,11 +176,9 @@ class InstanceNorm(Module):
     @compact
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
         """Normalise ``x``; ValueError if the first axis is among ``feature_axes``."""
-        feature_axes = _axes(self.feature_axes, x.ndim)
-        if 0 in feature_axes:
-            raise ValueError(f"feature_axes {self.feature_axes} may not include the first axis, that of the batch.")
-        axes = tuple(axis for axis in range(1, x.ndim) if axis not in feature_axes)
-        return _normalized(self, x, axes, feature_axes, mask)
+        axes, feature_axes = instance_axes(self.feature_axes, x.ndim)
+        mean, var = _statistics(self, mask).mean_and_variance(x, axes)
+        return _normalize(self, x, mean, var, axes, feature_axes)
 
 
 class BatchNorm(Module):
@@ -282,7 +213,7 @@ class BatchNorm(Module):
     def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
         """Normalise ``x``."""
         use_running_average = merge_param("use_running_average", self.use_running_average, use_running_average)
-        feature_axes = _axes(self.axis, x.ndim)
+        feature_axes = distinct_axes(self.axis, x.ndim)
         reduction_axes = tuple(axis for axis in range(x.ndim) if axis not in feature_axes)
         shape = tuple(x.shape[axis] for axis in feature_axes)
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
@@ -293,8 +224,10 @@ class BatchNorm(Module):
             if not self.force_float32_reductions:
                 mean, var = jnp.asarray(mean, self.param_dtype), jnp.asarray(var, self.param_dtype)
         else:
-            axis_name = None if self.is_initializing() else self.axis_name  # init runs outside the vmap
-            mean, var = _mean_and_variance(self, x, reduction_axes, mask, axis_name)
+            statistics = _statistics(self, mask)
+            if self.is_initializing():  # outside the vmap
+                statistics = statistics._replace(axis_name=None)
+            mean, var = statistics.mean_and_variance(x, reduction_axes)
             if not self.is_initializing():
                 for running, batch in (running_mean, mean), (running_var, var):
                     running.value = self.momentum * running.value + (1 - self.momentum) * batch

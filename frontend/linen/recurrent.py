@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from distaff.frontend.core import FrozenDict
 from distaff.frontend.core.filters import CollectionFilter
+from distaff.frontend.layers.recurrent import at_last, concatenate
+from distaff.frontend.layers.recurrent import flip_sequences as flip_sequences
 from distaff.frontend.linen import transforms
 from distaff.frontend.linen.dtypes import Array
 from distaff.frontend.linen.module import Module
@@ -117,37 +118,7 @@ class RNN(Module):
         if seq_lengths is None:
             return carry, outputs
         carries, outputs = outputs
-        return jax.tree.map(lambda x: _at_last(x, seq_lengths), carries), outputs
-
-
-def _at_last(x: Array, seq_lengths: Array) -> Array:
-    """The last element that counts of ``x`` [time, batch..., features...]: [batch..., features...]."""
-    index = (seq_lengths - 1).reshape(1, *seq_lengths.shape, *(1,) * (x.ndim - 1 - seq_lengths.ndim))
-    return jnp.take_along_axis(x, index, axis=0)[0]
-
-
-def flip_sequences(inputs: Array, seq_lengths: Array | None, num_batch_dims: int, time_major: bool) -> Array:
-    """Each sequence reversed along time, with padding still at the end: lengths [1, 3] take abc, abc to abc, cba.
-
-    Args:
-        inputs: [batch..., time, ...], or [time, batch..., ...] with ``time_major``.
-        seq_lengths: [batch...]; None if there is no padding.
-        num_batch_dims: number of batch axes.
-        time_major: see above.
-    """
-    time_axis = 0 if time_major else num_batch_dims
-    if seq_lengths is None:
-        return jnp.flip(inputs, time_axis)
-    length = inputs.shape[time_axis]
-    backwards = jnp.arange(length)[::-1].reshape(
-        [length if axis == time_axis else 1 for axis in range(num_batch_dims + 1)]
-    )
-    index = (backwards + jnp.expand_dims(seq_lengths, time_axis)) % length
-    return jnp.take_along_axis(inputs, index.reshape(*index.shape, *(1,) * (inputs.ndim - index.ndim)), time_axis)
-
-
-def _concatenate(a: Array, b: Array) -> Array:
-    return jnp.concatenate([a, b], axis=-1)
+        return jax.tree.map(lambda x: at_last(x, seq_lengths), carries), outputs
 
 
 class Bidirectional(Module):
@@ -162,7 +133,7 @@ class Bidirectional(Module):
 
     forward_rnn: Any
     backward_rnn: Any
-    merge_fn: Callable[[Array, Array], Array] = _concatenate
+    merge_fn: Callable[[Array, Array], Array] = concatenate
     time_major: bool = False
     return_carry: bool = False
 

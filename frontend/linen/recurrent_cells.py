@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from distaff.frontend.layers.convolution import Padding
+from distaff.frontend.layers.fields import Initializer
+from distaff.frontend.layers.recurrent import gru_step, lstm_step
 from distaff.frontend.linen import initializers
 from distaff.frontend.linen.activation import sigmoid, tanh
 from distaff.frontend.linen.class_transform import compact, nowrap
-from distaff.frontend.linen.convolution import Conv, Padding
+from distaff.frontend.linen.convolution import Conv
 from distaff.frontend.linen.dtypes import Array, Dtype, promote_dtype
-from distaff.frontend.linen.fields import Initializer
 from distaff.frontend.linen.initializers import default_kernel_init
 from distaff.frontend.linen.linear import Dense
 from distaff.frontend.linen.module import Module
@@ -133,10 +135,9 @@ class GRUCell(_GatedCell):
         """One step: the new carry, twice."""
         of_input, of_carry = self._layers(carry)
         biased: dict[str, Any] = {"use_bias": True, "bias_init": self.bias_init}
-        r = self.gate_fn(of_input(name="ir", **biased)(inputs) + of_carry(name="hr")(carry))
-        z = self.gate_fn(of_input(name="iz", **biased)(inputs) + of_carry(name="hz")(carry))
-        n = self.activation_fn(of_input(name="in", **biased)(inputs) + r * of_carry(name="hn", **biased)(carry))
-        hidden = (1.0 - z) * n + z * carry
+        x = tuple(of_input(name=f"i{gate}", **biased)(inputs) for gate in "rzn")
+        h = tuple(of_carry(name=f"h{gate}", **(biased if gate == "n" else {}))(carry) for gate in "rzn")
+        hidden = gru_step(x, h, carry, self.gate_fn, self.activation_fn)
         return hidden, hidden
 
 
@@ -192,8 +193,7 @@ class LSTMCell(_GatedCell):
         """One step: the new carry, and its ``h``."""
         c, h = carry
         i, f, g, o = self._sums(h, inputs)
-        c = self.gate_fn(f) * c + self.gate_fn(i) * self.activation_fn(g)
-        h = self.gate_fn(o) * self.activation_fn(c)
+        c, h = lstm_step(i, f, g, o, c, self.gate_fn, self.activation_fn)
         return (c, h), h
 
     @nowrap
@@ -296,8 +296,7 @@ class ConvLSTMCell(RNNCellBase):
             param_dtype=self.param_dtype,
         )
         i, g, f, o = jnp.split(make(name="ih")(inputs) + make(name="hh")(h), 4, axis=-1)
-        c = sigmoid(f + 1) * c + sigmoid(i) * jnp.tanh(g)
-        h = sigmoid(o) * jnp.tanh(c)
+        c, h = lstm_step(i, f + 1, g, o, c, sigmoid, jnp.tanh)
         return (c, h), h
 
     @nowrap

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from distaff.frontend import errors
 from distaff.frontend.core.scope import Scope
-from distaff.frontend.linen.module import Module
+from distaff.frontend.linen.module_base import ModuleBase
 
 
-def share_scope(module: Module, other: Module, /) -> None:
+def share_scope(module: ModuleBase, other: ModuleBase, /) -> None:
     """Let two modules share variables' place in the tree, for wrappers that must not add a level; call it in ``setup``.
 
     ``module`` takes the place of ``other``; if ``other`` is below ``module``, it is the other way round.
@@ -21,6 +21,6 @@ def share_scope(module: Module, other: Module, /) -> None:
     old = moved.scope
     object.__setattr__(moved, "scope", place)
     for child in moved._state.children.values():
-        if isinstance(child, Module) and child.scope and child.scope.parent == old:
+        if isinstance(child, ModuleBase) and child.scope and child.scope.parent == old:
             place.reserve(child.scope.path[-1])
             child.scope.parent = place

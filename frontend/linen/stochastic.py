@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from distaff.frontend.layers.stochastic import dropout
 from distaff.frontend.linen.class_transform import compact
 from distaff.frontend.linen.dtypes import Array
 from distaff.frontend.linen.module import Module, merge_param
@@ -36,10 +36,5 @@ class Dropout(Module):
             return inputs
         if self.rate == 1.0:  # 1 / (1 - rate) would make gradients NaN
             return jnp.zeros_like(inputs)
-        keep = 1.0 - self.rate
         key = self.make_rng(self.rng_collection) if rng is None else rng
-        shape = list(inputs.shape)
-        for axis in self.broadcast_dims:
-            shape[axis] = 1
-        mask = jnp.broadcast_to(jax.random.bernoulli(key, keep, tuple(shape)), inputs.shape)
-        return lax.select(mask, inputs / keep, jnp.zeros_like(inputs))
+        return dropout(key, inputs, self.rate, self.broadcast_dims)

@@ -205,7 +205,8 @@ def _flops(call: _Call, gradient: bool = False) -> int:
 
 def _cotangent(x: Any) -> Any:
     """A value of the cotangent type of ``x``."""
-    return x if jax.numpy.issubdtype(x.dtype, np.inexact) else np.zeros(x.shape, jax.dtypes.float0)
+    is_inexact = jax.numpy.issubdtype(jax.numpy.result_type(x), np.inexact)
+    return jax.numpy.asarray(x) if is_inexact else np.zeros(np.shape(x), jax.dtypes.float0)
 
 
 def _size_and_bytes(tree: Any) -> tuple[int, int]:
@@ -303,4 +304,7 @@ def _variables_text(variables: Any, size_and_bytes: tuple[int, int]) -> str:
 
 def _boxed_text(x: Any) -> Any:
     """A variable in a metadata box as text: its type, and the names of its axes."""
-    return f"{array_text(x.value)} [dim]P[/dim]({', '.join(map(str, x.names))})" if isinstance(x, Partitioned) else x
+    if not isinstance(x, Partitioned):
+        return x
+    names = ", ".join(map(str, x.names)) + "," * (len(x.names) == 1)  # as tuples are written
+    return f"{array_text(x.value)} [dim]P[/dim]({names})"

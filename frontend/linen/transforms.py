@@ -18,6 +18,7 @@ from distaff.frontend.core import lift, meta
 from distaff.frontend.core.filters import CollectionFilter
 from distaff.frontend.core.lift.axes import InOutAxis, InOutScanAxis
 from distaff.frontend.linen.context import context
+from distaff.frontend.linen.fingerprint import _HashableProxy as _HashableProxy
 from distaff.frontend.linen.function_transforms import cond as cond
 from distaff.frontend.linen.function_transforms import custom_vjp as custom_vjp
 from distaff.frontend.linen.function_transforms import grad as grad

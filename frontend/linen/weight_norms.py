@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from distaff.frontend.layers.fields import Axes, Initializer, axes_from_front
+from distaff.frontend.layers.weight_norms import spectrally_normalized, weight_normalized
 from distaff.frontend.linen import initializers, transforms
 from distaff.frontend.linen.class_transform import compact, nowrap
 from distaff.frontend.linen.dtypes import Array, Dtype, canonicalize_dtype
-from distaff.frontend.linen.fields import Axes, Initializer, axes_from_front
 from distaff.frontend.linen.module import Module
 
 
@@ -40,10 +40,6 @@ def _call_with(
 
     mapped = transforms.map_variables(run, trans_in_fn=normalized, init=wrapper.is_initializing(), mutable=mutable)
     return mapped(layer)
-
-
-def _unit_norm(x: Array, axis: tuple[int, ...] | None, epsilon: float) -> Array:
-    return x * lax.rsqrt(jnp.sum(x * x, axis=axis, keepdims=True) + epsilon)
 
 
 class SpectralNorm(Module):
@@ -87,22 +83,15 @@ class SpectralNorm(Module):
             return weights
         if weights.ndim > 2 and self.error_on_non_matrix:
             raise ValueError(
-                f"SpectralNorm with error_on_non_matrix=True: {path} has {weights.ndim} axes, shape {weights.shape}."
+                f"Input is {weights.ndim}D but error_on_non_matrix is True: {path} has the shape {weights.shape}."
             )
-        matrix = weights.reshape(-1, weights.shape[-1])
-        stored_u = self.variable(self.collection_name, f"{path}/u", self._first_u, matrix.shape[-1])
+        stored_u = self.variable(self.collection_name, f"{path}/u", self._first_u, weights.shape[-1])
         stored_sigma = self.variable(self.collection_name, f"{path}/sigma", jnp.ones, (), self.param_dtype)
 
-        u = stored_u.value
-        for _ in range(self.n_steps):
-            v = _unit_norm(u @ matrix.T, None, self.epsilon)
-            u = _unit_norm(v @ matrix, None, self.epsilon)
-        u, v = lax.stop_gradient(u), lax.stop_gradient(v)
-        sigma = (v @ matrix @ u.T)[0, 0]
+        normalized, u, sigma = spectrally_normalized(weights, stored_u.value, self.n_steps, self.epsilon)
         if update_stats:
             stored_u.value, stored_sigma.value = u, sigma
-        normalized = (matrix / jnp.where(sigma != 0, sigma, 1)).reshape(weights.shape)
-        return jnp.asarray(normalized, canonicalize_dtype(weights, u, v, sigma, dtype=self.dtype))
+        return jnp.asarray(normalized, canonicalize_dtype(weights, u, sigma, dtype=self.dtype))
 
     @nowrap
     def _first_u(self, columns: int) -> Array:
@@ -145,12 +134,9 @@ class WeightNorm(Module):
         if self.variable_filter and not any(part in path for part in self.variable_filter):
             return weights
         feature_axes = () if self.feature_axes is None else axes_from_front(self.feature_axes, weights.ndim)
-        others = tuple(axis for axis in range(weights.ndim) if axis not in feature_axes)
-        normalized, inputs = _unit_norm(weights, others, self.epsilon), [weights]
+        scale = None
         if self.use_scale:
             shape = tuple(weights.shape[axis] for axis in feature_axes)
             scale = self.param(f"{path}/scale", self.scale_init, shape, self.param_dtype)
-            scale = jnp.expand_dims(scale, others)
-            normalized *= scale
-            inputs.append(scale)
-        return jnp.asarray(normalized, canonicalize_dtype(*inputs, dtype=self.dtype))
+        normalized = weight_normalized(weights, scale, feature_axes, self.epsilon)
+        return jnp.asarray(normalized, canonicalize_dtype(weights, scale, dtype=self.dtype))

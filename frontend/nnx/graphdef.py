@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from distaff.frontend.nnx import config
 from distaff.frontend.nnx.filters import PathParts
 from distaff.frontend.nnx.pytrees import STATUSES, empty_node
-from distaff.frontend.nnx.state import raw_dict
+from distaff.frontend.nnx.state import State, iter_flat, raw_dict
 from distaff.frontend.nnx.variables import _NO_METADATA, Variable
 
 Node = TypeVar("Node")
@@ -53,11 +53,12 @@ def fingerprint(x: Any) -> Any:
     if dataclasses.is_dataclass(x) and not isinstance(x, type) and not _has_identity_hash(type(x)):
         fields = (getattr(x, field.name, None) for field in dataclasses.fields(x))
         return type(x), *map(fingerprint, fields)
+    if _has_identity_hash(type(x)):
+        return x
     try:
-        hash(x)
+        return type(x), hash(x), x
     except TypeError:
         return _ByIdentity(x)
-    return x
 
 
 def _has_identity_hash(cls: type[Any]) -> bool:
@@ -216,13 +217,15 @@ def iter_specs(spec: Spec, path: PathParts = ()) -> Iterator[tuple[PathParts, Sp
             yield from iter_specs(child, (*path, key))
 
 
-def make_container(spec: NodeDef, children: list[Any]) -> Any:
+def make_container(cls: type[Any], keys: Sequence[Any], children: Sequence[Any], treedef: Any) -> Any:
     """A container of these children."""
-    if spec.type is dict:
-        return dict(zip((key for key, _ in spec.attributes), children, strict=True))
-    if spec.metadata is None:
-        return spec.type(children)
-    return spec.metadata.unflatten(children)
+    if treedef is not None:
+        return treedef.unflatten(children)
+    if cls is dict:
+        return dict(zip(keys, children, strict=True))
+    if issubclass(cls, State):
+        return cls(dict(zip(keys, children, strict=True)), _copy=False)
+    return cls(children)
 
 
 class Build:
@@ -237,16 +240,21 @@ class Build:
 
     def __init__(
         self,
-        leaves: Iterator[Any],
+        leaves: Iterable[Any] = (),
         copy: bool = False,
         recreate: bool = True,
         existing: Mapping[int, Any] | None = None,
     ) -> None:
-        self._leaves = leaves
+        self._leaves = iter(leaves)
         self._copy = copy
         self._recreate = recreate
         self._existing = existing or {}
         self.objects: dict[int, Any] = {}
+
+    def make_with(self, spec: Spec, leaves: Iterable[Any]) -> Any:
+        """The object of another definition with the same numbering, and with leaves of its own."""
+        self._leaves = iter(leaves)
+        return self.make(spec)
 
     def make(self, spec: Spec) -> Any:
         """The object of a definition."""
@@ -260,7 +268,8 @@ class Build:
             return self.objects[spec.number]
         assert isinstance(spec, NodeDef)
         if spec.number is None:
-            return make_container(spec, [self.make(child) for _, child in spec.attributes])
+            keys = [key for key, _ in spec.attributes]
+            return make_container(spec.type, keys, [self.make(child) for _, child in spec.attributes], spec.metadata)
         node = self._existing.get(spec.number)
         if node is None:
             node = empty_node(spec.type, {})
@@ -280,9 +289,9 @@ class Build:
         existing = self._existing.get(spec.number)
         if existing is not None:
             variable = existing
-            existing.write(value._raw_value if isinstance(value, Variable) else value)
-            metadata = value._var_metadata if isinstance(value, Variable) else spec.metadata.value
-            object.__setattr__(existing, "_var_metadata", metadata)
+            if value is not None:  # as for mutable arrays, which changed in place
+                existing.write(value)
+            object.__setattr__(existing, "_var_metadata", spec.metadata.value)
         elif not isinstance(value, Variable):
             variable = spec.type.from_metadata(value, spec.metadata.value or _NO_METADATA)
         elif self._copy or (self._recreate and not value._can_update):
@@ -305,8 +314,6 @@ def leaves_of(graphdef: GraphDef[Any], state: Any) -> list[Any]:
     leaves: list[Any] = []
     if _collect(root, raw_dict(state), leaves):
         return leaves
-    from distaff.frontend.nnx.state import iter_flat
-
     wanted, given = set(graphdef.paths), {path for path, _ in iter_flat(state)}
     missing, extra = ([".".join(map(str, path)) for path in paths] for paths in (wanted - given, given - wanted))
     raise ValueError(

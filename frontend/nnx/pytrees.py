@@ -156,6 +156,8 @@ class Pytree(metaclass=PytreeMeta):
             vars(self).update(attributes)
         elif name == "__class__" or isinstance(getattr(type(self), name, None), property):
             object.__setattr__(self, name, value)
+            if name == "__class__":  # shows in the dict, which is what structures look at
+                self.__dict__[STATUSES] = dict(self._pytree__nodes)
         else:
             self._setattr(name, value)
 

@@ -31,13 +31,14 @@ from distaff.frontend.nnx.graphdef import (
 )
 from distaff.frontend.nnx.kinds import Kind, kind_of
 from distaff.frontend.nnx.pytrees import Pytree, sorted_attributes
+from distaff.frontend.nnx.state import State, sorted_keys
 from distaff.frontend.nnx.variables import Variable
 
 _MAX_KEPT = 4  # structures kept on one root: of it alone, and with others as arguments of functions
 
 
 class AttributeCell:
-    """An array that is an attribute of a node. Has of a ``Variable`` what gathering and assigning values needs."""
+    """An array that is an attribute of a node or an item of a dict; read and written as a ``Variable`` is."""
 
     __slots__ = ("attributes", "name")
 
@@ -55,12 +56,16 @@ class AttributeCell:
 
 
 class ItemCell:
-    """An array inside a container, which is not assigned: the container is replaced instead."""
+    """An array inside a list, tuple or the like, which is not assigned: the container is replaced instead."""
 
     __slots__ = ("_raw_value",)
 
     def __init__(self, value: Any) -> None:
         self._raw_value = value
+
+    def write(self, value: Any) -> None:
+        """Refuse: a change here is one of structure."""
+        raise AssertionError("An array inside a container was assigned by itself.")
 
 
 Cell = Variable[Any] | AttributeCell | ItemCell
@@ -74,15 +79,20 @@ def key_of(entry: Any) -> Any:
     return entry
 
 
+def raw_mapping(container: Any) -> dict[Any, Any] | None:
+    """The dict behind a dict or ``State``; None for other containers."""
+    if type(container) is dict:
+        return container
+    return container._mapping if isinstance(container, State) else None
+
+
 def container_items(container: Any) -> tuple[list[tuple[Any, Any]], Any]:
-    """Keys and children of a container, and its treedef if it is not a plain list, tuple or dict."""
+    """Keys and children of a container, and its treedef if it is not a plain list, tuple, dict or ``State``."""
     if type(container) in (list, tuple):
         return list(enumerate(container)), None
-    if type(container) is dict:
-        try:
-            return sorted(container.items(), key=lambda item: (type(item[0]).__name__, item[0])), None
-        except TypeError:
-            return list(container.items()), None
+    mapping = raw_mapping(container)
+    if mapping is not None:
+        return [(key, mapping[key]) for key in sorted_keys(mapping)], None
     pairs, treedef = jax.tree_util.tree_flatten_with_path(container, is_leaf=lambda x: x is not container)
     return [(key_of(path[0]), child) for path, child in pairs], treedef
 
@@ -99,10 +109,19 @@ class Walk:
         self._index: dict[int, int] = {}
         self._open: set[int] = set()  # nodes that the walk is inside of
         self.objects: list[Any] = []
+        self.specs: list[Spec] = []
         self.cells: list[Cell] = []
         self.dicts: list[dict[str, Any]] = []
         self.containers: list[tuple[Any, list[Any], Any]] = []
         self.changeable: list[Constant] = []
+
+    def visit_all(self, roots: Iterable[Any]) -> list[tuple[int, int]]:
+        """Visit roots; gives of each which of the ``cells`` are its own."""
+        ends = [len(self.cells)]
+        for root in roots:
+            self.specs.append(self.visit(root, as_data=True))
+            ends.append(len(self.cells))
+        return list(pairwise(ends))
 
     def visit(self, x: Any, as_data: bool = False) -> Spec:
         """The definition of a value; with ``as_data`` it is a leaf if it is nothing else."""
@@ -180,11 +199,21 @@ class Walk:
             raise ValueError(f"A {type(container).__name__} contains itself; use nnx.List or nnx.Dict for that.")
         self._open.add(id(container))
         items, treedef = container_items(container)
-        specs = tuple((key, self.visit(child, as_data=not self._graph)) for key, child in items)
+        mapping = raw_mapping(container)
+        specs = tuple([(key, self._item(mapping, key, child)) for key, child in items])
         self._open.discard(id(container))
-        if type(container) is not tuple:
+        if mapping is not None:
+            self.dicts.append(mapping)
+        elif not isinstance(container, tuple):
             self.containers.append((container, [child for _, child in items], treedef))
         return NodeDef(type(container), None, specs, treedef)
+
+    def _item(self, mapping: dict[Any, Any] | None, key: Any, child: Any) -> Spec:
+        kind = kind_of(child)
+        if mapping is None or not (kind is Kind.DATA or (kind is Kind.STATIC and not self._graph)):
+            return self.visit(child, as_data=not self._graph)
+        self.cells.append(AttributeCell(mapping, key))
+        return LEAF
 
     def _alias_message(self, x: Any) -> str:
         return (
@@ -205,13 +234,9 @@ class Structure:
 
     def __init__(self, roots: Sequence[Any], graph: bool) -> None:
         walk = Walk(graph)
-        specs, ends = [], [0]
-        for root in roots:
-            specs.append(walk.visit(root, as_data=True))
-            ends.append(len(walk.cells))
-        self.specs: tuple[Spec, ...] = tuple(specs)
+        self.spans = walk.visit_all(roots)
+        self.specs: tuple[Spec, ...] = tuple(walk.specs)
         self.cells = walk.cells
-        self.spans = list(pairwise(ends))
         self.graph = graph
         self._graphdef: GraphDef[Any] | None = None
         self.kept: dict[Any, Any] = {}  # what functions derived from this structure
@@ -237,8 +262,8 @@ class Structure:
         """The raw values of the cells."""
         return [cell._raw_value for cell in self.cells]
 
-    def keep_roots(self, roots: Iterable[Any], on_death: Callable[[Any], Any]) -> None:
-        """Remember which objects the roots are, without keeping them alive."""
+    def forget_with(self, roots: Iterable[Any], on_death: Callable[[Any], Any]) -> None:
+        """Call ``on_death`` when one of the roots is gone; another object may have its ``id`` then."""
         self._roots = tuple(weakref.ref(root, on_death) for root in roots)
 
     def _current_values(self) -> list[Any]:
@@ -286,28 +311,31 @@ def _same_content(container: Any, children: list[Any], treedef: Any) -> bool:
 def structure_of(roots: Sequence[Any], graph: bool = True) -> Structure:
     """The structure of some roots with a joint numbering: the kept one if it still holds, or by a walk.
 
-    It is kept on the first root, if that is a node.
+    It is kept on the first root that is a node; the others it does not keep alive.
     """
-    holder = roots[0] if roots else None
-    if not isinstance(holder, Pytree):
+    holder = next((root for root in roots if isinstance(root, Pytree)), None)
+    if holder is None:
         return Structure(roots, graph)
     kept: dict[Any, Structure] | None = getattr(holder, "_pytree__structures", None)
     if kept is None:
         kept = {}
-        object.__setattr__(holder, "_pytree__structures", kept)
+        _set_structures(holder, kept)
     key = (graph, *map(id, roots))
     found = kept.get(key)
     if found is not None and found.is_current():
         return found
     made = Structure(roots, graph)
-    others = roots[1:]
+    others = [root for root in roots if root is not holder]
     if all(isinstance(root, Pytree | Variable) for root in others):
-        made.keep_roots(others, lambda _: kept.pop(key, None))
+        made.forget_with(others, lambda _: kept.pop(key, None))
         kept.pop(key, None)
         while len(kept) >= _MAX_KEPT:
             kept.pop(next(iter(kept)))
         kept[key] = made
     return made
+
+
+_set_structures = Pytree.__dict__["_pytree__structures"].__set__
 
 
 def paths_of(spec: Spec) -> list[PathParts]:

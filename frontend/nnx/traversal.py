@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from distaff.frontend.nnx.filters import Filter, PathParts, to_predicate
-from distaff.frontend.nnx.graphdef import graph_mode
+from distaff.frontend.nnx.graphdef import graph_mode, make_container
 from distaff.frontend.nnx.kinds import Kind, kind_of
 from distaff.frontend.nnx.pytrees import Pytree, empty_node, is_data_attribute, sorted_attributes
 from distaff.frontend.nnx.structure import container_items
@@ -74,12 +74,7 @@ def recursive_map(f: Any, node: Any, /, *, graph: bool | None = None) -> Any:
         elif kind is Kind.CONTAINER:
             items, treedef = container_items(x)
             children = [walk(child, (*path, key)) for key, child in items]
-            if treedef is not None:
-                result = f(path, treedef.unflatten(children))
-            elif isinstance(x, dict):
-                result = f(path, dict(zip((key for key, _ in items), children, strict=True)))
-            else:
-                result = f(path, type(x)(children))
+            result = f(path, make_container(type(x), [key for key, _ in items], children, treedef))
         else:
             result = f(path, x)
         if kind in (Kind.NODE, Kind.VARIABLE):

@@ -239,7 +239,7 @@ class Variable(Generic[A]):
         if self._trace is not running_trace():
             raise errors.TraceContextError(
                 f"Cannot mutate {type(self).__name__} from a different trace level: it was made"
-                f"{describe_origin(self._origin)}, outside of the JAX transform that runs now. Pass the variable, or "
+                f"{describe_origin(self._origin)} outside of the JAX transform that runs now. Pass the variable, or "
                 "the module that holds it, to the function as an argument and use the transform of nnx, such as "
                 "nnx.jit or nnx.grad."
             )

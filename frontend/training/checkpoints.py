@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from jax.experimental.multihost_utils import sync_global_devices
 
 from distaff.frontend import errors, serialization
+from distaff.frontend.configurations import config
 from distaff.frontend.core.frozen_dict import FrozenDict, freeze
 from distaff.frontend.training import orbax_utils
 from distaff.frontend.training.checkpoint_files import CheckpointFolder, local_folder
@@ -72,7 +73,7 @@ def save_checkpoint(
     async_manager: AsyncManager | None = None,
     orbax_checkpointer: Any = None,
     *,
-    file_format: Literal["orbax", "msgpack"] = "orbax",
+    file_format: Literal["orbax", "msgpack"] | None = None,
 ) -> str:
     """Save a checkpoint, then delete older ones.
 
@@ -89,7 +90,8 @@ def save_checkpoint(
         keep_every_n_steps: keep, besides, old checkpoints at this distance.
         async_manager: saves in the background.
         orbax_checkpointer: the checkpointer to use, with a handler for trees.
-        file_format: ``"msgpack"`` writes one file, ``serialization.to_bytes(target)``, as Flax did before Orbax.
+        file_format: ``"msgpack"`` writes one file, ``serialization.to_bytes(target)``, as Flax did before Orbax. The
+            default is ``"orbax"``, unless ``config.flax_use_orbax_checkpointing`` is off.
 
     Returns:
         The path of the checkpoint.
@@ -100,7 +102,8 @@ def save_checkpoint(
     """
     folder = CheckpointFolder(local_folder(ckpt_dir), prefix)
     prune = functools.partial(folder.prune, step, keep, overwrite, keep_every_n_steps)
-    if file_format == "msgpack":
+    is_orbax = orbax_checkpointer is not None or config.flax_use_orbax_checkpointing
+    if (file_format or ("orbax" if is_orbax else "msgpack")) == "msgpack":
         return _save_file(folder, target, step, overwrite, prune, async_manager)
     return _save_tree(folder, target, step, overwrite, prune, async_manager, orbax_checkpointer)
 

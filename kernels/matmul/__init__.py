@@ -1,21 +1,23 @@
 """Products with packed weight matrices in float32, bfloat16, int8 and int4, and what is fused with them."""
 
 from distaff.kernels.matmul.formats import WeightFormat, WeightFormatError
-from distaff.kernels.matmul.gguf_blocks import gguf_format, pack_gguf, split_gguf
+from distaff.kernels.matmul.gguf_blocks import gguf_format, split_gguf
 from distaff.kernels.matmul.operation import MatmulSpec, call_attributes, embed_rows, matmul
 from distaff.kernels.matmul.packing import (
     PackedWeight,
     interleave_gated,
     pack,
-    pack_blocks,
+    pack_parts,
     packed_shapes,
     unpack,
 )
+from distaff.kernels.matmul.panels import PanelFormat
 from distaff.kernels.matmul.quantise import UnquantisableError
 
 __all__ = [
     "MatmulSpec",
     "PackedWeight",
+    "PanelFormat",
     "UnquantisableError",
     "WeightFormat",
     "WeightFormatError",
@@ -25,8 +27,7 @@ __all__ = [
     "interleave_gated",
     "matmul",
     "pack",
-    "pack_blocks",
-    "pack_gguf",
+    "pack_parts",
     "packed_shapes",
     "split_gguf",
     "unpack",

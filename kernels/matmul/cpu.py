@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from distaff.kernels import native
-from distaff.kernels.matmul.formats import STEP_ROWS
 from distaff.kernels.matmul.operation import ACTIVATIONS, INT8_MOST_ROWS, MatmulSpec
+from distaff.kernels.matmul.panels import STEP_ROWS, PanelFormat
 from distaff.kernels.registry import Attributes, register
 
 _TARGETS = {"matmul": "distaff_matmul", "matmul.embed_rows": "distaff_embed_rows"}
@@ -20,6 +20,8 @@ def _refuses(attributes: Attributes) -> str | None:
     if not native.available():
         return "is not built: this installation was made without a C++ compiler"
     spec: MatmulSpec = attributes["spec"]
+    if not isinstance(spec.format, PanelFormat):
+        return f"has no code for {spec.format}"
     if spec.format.kind == "int8" and not spec.format.group and spec.rows > INT8_MOST_ROWS:
         return f"takes at most {INT8_MOST_ROWS} rows of an int8 weight without groups"
     return None
@@ -66,6 +68,7 @@ def embed_rows(spec: MatmulSpec, arrays: tuple[jax.Array, ...], tokens: jax.Arra
 
 
 def _weight_attributes(spec: MatmulSpec) -> dict[str, Any]:
+    assert isinstance(spec.format, PanelFormat)
     return {
         "rows": np.int64(spec.rows),
         "columns": np.int64(spec.columns),

@@ -9,9 +9,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from distaff.kernels.matmul.formats import WeightFormat
-from distaff.kernels.matmul.packing import LANES, packed_shapes
-from distaff.kernels.registry import choose
+from distaff.kernels.matmul.formats import LANES, WeightFormat, usual_formats
+from distaff.kernels.matmul.packing import packed_shapes
+from distaff.kernels.registry import Attributes, choose, usual_calls
 
 # By name, in the order of the C++ enumeration (which begins with none).
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -131,6 +131,12 @@ def embed_rows(
 def call_attributes(spec: MatmulSpec, dtype: str) -> dict[str, Any]:
     """What implementations of ``matmul`` and ``matmul.embed_rows`` are chosen by; ``dtype`` is that of x."""
     return {"spec": spec, "format": spec.format.name, "rows": spec.rows, "columns": spec.columns, "dtype": dtype}
+
+
+@usual_calls("matmul")
+@usual_calls("matmul.embed_rows")
+def _calls() -> dict[str, Attributes]:
+    return {str(format): call_attributes(MatmulSpec(format, 1024, 1024), "float32") for format in usual_formats()}
 
 
 def bias_size(spec: MatmulSpec) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from distaff.kernels.matmul.formats import WeightFormat
+from distaff.kernels.matmul.formats import Array
 
-Array: TypeAlias = np.ndarray[Any, Any]
+if TYPE_CHECKING:
+    from distaff.kernels.matmul.panels import PanelFormat
 
 _COLUMNS = 256  # at a time, so that what is worked on stays in the cache
 # int4 has so few steps that cutting off the largest weights often pays: ranges to try, as parts of the full one.
@@ -27,8 +28,8 @@ class _Blocks(NamedTuple):
     offsets: Array
 
 
-def quantise(weight: Array, format: WeightFormat) -> tuple[Array, Array, Array | None]:
-    """Integers ``[K, N]``, scales and offsets of a float32 ``weight[K, N]`` as `WeightFormat` describes them.
+def quantise(weight: Array, format: PanelFormat) -> tuple[Array, ...]:
+    """Integers ``[K, N]``, scales and, if ``format`` has them, offsets of a float32 ``weight[K, N]``.
 
     int8 takes its range from the largest weights. int4 tries some ranges (and both signs), fits the scale to the
     integers by least squares and keeps for every group what has the least squared error. Raises `UnquantisableError`.
@@ -49,10 +50,10 @@ def quantise(weight: Array, format: WeightFormat) -> tuple[Array, Array, Array |
     parts = [_best(blocks[..., n : n + _COLUMNS], format) for n in range(0, columns, _COLUMNS)]
     integers, scales, offsets = (np.concatenate(arrays, -1) for arrays in zip(*parts, strict=True))
     integers = integers.reshape(-1, columns)[:rows]
-    return integers, scales if format.group else scales[0], offsets if format.offsets else None
+    return (integers, scales if format.group else scales[0], *([offsets] if format.offsets else []))
 
 
-def _best(blocks: Array, format: WeightFormat) -> _Blocks:
+def _best(blocks: Array, format: PanelFormat) -> _Blocks:
     """Of the ways to round float32 ``blocks[G, group, N]`` the one with the least squared error, group by group."""
     best, least = None, None
     for scales, offsets in _candidates(blocks, format):
@@ -72,7 +73,7 @@ def _best(blocks: Array, format: WeightFormat) -> _Blocks:
     return best
 
 
-def _candidates(blocks: Array, format: WeightFormat) -> list[tuple[Array, Array]]:
+def _candidates(blocks: Array, format: PanelFormat) -> list[tuple[Array, Array]]:
     """Scales and offsets ``[G, N]`` to start from."""
     low, high = blocks.min(1), blocks.max(1)
     lowest, highest = _limits(format)
@@ -87,12 +88,12 @@ def _candidates(blocks: Array, format: WeightFormat) -> list[tuple[Array, Array]
     return [(extreme * np.float32(sign * part / 8), none) for part in _RANGES for sign in (-1, 1)]
 
 
-def _limits(format: WeightFormat) -> tuple[int, int]:
+def _limits(format: PanelFormat) -> tuple[int, int]:
     """The least and the largest integer, as they are multiplied with the scale."""
     return (-127, 127) if format.kind == "int8" else (-format.zero, 15 - format.zero)
 
 
-def _rounded(blocks: Array, scales: Array, offsets: Array, format: WeightFormat) -> _Blocks:
+def _rounded(blocks: Array, scales: Array, offsets: Array, format: PanelFormat) -> _Blocks:
     """Blocks with these scales and offsets, rounded to float16 if they are of groups."""
     if format.group:
         scales, offsets = scales.astype(np.float16), offsets.astype(np.float16)
@@ -102,7 +103,7 @@ def _rounded(blocks: Array, scales: Array, offsets: Array, format: WeightFormat)
     return _Blocks(np.clip(steps, *_limits(format)).astype(np.int16) + _bias(format), scales, offsets)
 
 
-def _fitted(blocks: Array, found: _Blocks, format: WeightFormat) -> Array:
+def _fitted(blocks: Array, found: _Blocks, format: PanelFormat) -> Array:
     """The scales ``[G, N]`` that fit the integers best."""
     steps = (found.integers - _bias(format)).astype(np.float32)
     weights = blocks - found.offsets.astype(np.float32)[:, None]
@@ -111,11 +112,11 @@ def _fitted(blocks: Array, found: _Blocks, format: WeightFormat) -> Array:
     return scales
 
 
-def _values(found: _Blocks, format: WeightFormat) -> Array:
+def _values(found: _Blocks, format: PanelFormat) -> Array:
     steps = (found.integers - _bias(format)).astype(np.float32)
     return steps * found.scales.astype(np.float32)[:, None] + found.offsets.astype(np.float32)[:, None]
 
 
-def _bias(format: WeightFormat) -> int:
+def _bias(format: PanelFormat) -> int:
     """int4 without offsets is ``scale * (q - 8)``."""
     return format.zero if format.kind == "int4" else 0

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from distaff.kernels.matmul.formats import LANES
 from distaff.kernels.matmul.operation import ACTIVATIONS, MatmulSpec
-from distaff.kernels.matmul.packing import LANES, unpack_arrays
 from distaff.kernels.registry import register
 
 
@@ -26,8 +26,8 @@ def matmul(
     if norm_weight is not None and spec.norm_eps is not None:
         x = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + spec.norm_eps) * norm_weight
     activate = (lambda y: y) if spec.activation is None else ACTIVATIONS[spec.activation]
-    packed_columns = arrays[0].shape[0] * LANES if spec.gated else spec.columns
-    weight = unpack_arrays(arrays, spec.format, spec.rows, packed_columns, jnp)
+    weight = spec.format.unpack(arrays, spec.rows, jnp)
+    weight = weight if spec.gated else weight[:, : spec.columns]
     product = x @ weight
     if bias is not None:
         product += bias
@@ -47,7 +47,7 @@ def embed_rows(spec: MatmulSpec, arrays: tuple[jax.Array, ...], tokens: jax.Arra
     """`distaff.kernels.matmul.embed_rows`."""
     tokens = jnp.clip(tokens, 0, spec.columns - 1)
     panels = tuple(array[tokens // LANES] for array in arrays)  # of each token its own panel
-    columns = unpack_arrays(panels, spec.format, spec.rows, tokens.shape[0] * LANES, jnp)
+    columns = spec.format.unpack(panels, spec.rows, jnp)
     columns = columns.reshape(spec.rows, -1, LANES)
     rows: jax.Array = jnp.take_along_axis(columns, (tokens % LANES)[None, :, None], 2)[..., 0].T
     return rows

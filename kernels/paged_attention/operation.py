@@ -10,7 +10,7 @@ from distaff.kernels.paged_attention.batch import StepBatch
 from distaff.kernels.paged_attention.pages import row_shape
 from distaff.kernels.paged_attention.rotary import RotaryTables
 from distaff.kernels.paged_attention.spec import AttentionSpec
-from distaff.kernels.registry import choose
+from distaff.kernels.registry import choose, usual_calls
 
 
 def paged_attention(
@@ -78,6 +78,21 @@ def call_attributes(
         "dtype": str(q.dtype),
         "rows_dtypes": (str(k.dtype), str((k if v_pages is k_pages else v).dtype)),
         "pages_dtypes": (str(k_pages.dtype), str(v_pages.dtype)),
+    }
+
+
+@usual_calls("paged_attention")
+def _calls() -> dict[str, dict[str, Any]]:
+    def call(pages: str, **spec: Any) -> dict[str, Any]:
+        sizes = {"tokens": 64, "requests": 8, "heads": 8, "kv_heads": 2, "key_size": 64, "value_size": 64}
+        dtypes = {"dtype": "float32", "rows_dtypes": ("float32",) * 2, "pages_dtypes": (pages,) * 2}
+        return {"spec": AttentionSpec(0.125, **spec), "page_size": 16, **sizes, **dtypes}
+
+    return {
+        "float32 pages": call("float32"),
+        "bfloat16 pages": call("uint16"),
+        "a window": call("float32", window=8),
+        "a mask of its own": call("float32", mask=lambda query, key: key % 2 == query % 2),
     }
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import jax
 
-from distaff.kernels.registry import Attributes, choose
+from distaff.kernels.registry import Attributes, choose, usual_calls
 from distaff.kernels.sampling.rows import SamplingRows, TokenLogprobs
 
 OPERATIONS = ("greedy_tokens", "draw_tokens", "token_logprobs")
@@ -42,6 +43,13 @@ def serving(platform: str | None = None) -> dict[str, str]:
     """The name of the implementation that serves each operation for float32 logits."""
     attributes = {"dtype": "float32"}
     return {o: choose(f"sampling.{o}", platform or jax.default_backend(), attributes).name for o in OPERATIONS}
+
+
+@usual_calls("sampling.greedy_tokens")
+@usual_calls("sampling.draw_tokens")
+@usual_calls("sampling.token_logprobs")
+def _calls() -> Mapping[str, Attributes]:
+    return {"float32 logits": {"dtype": "float32"}}
 
 
 def _attributes(logits: jax.Array) -> Attributes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import model_zoo as zoo
@@ -12,7 +14,9 @@ from distaff.compiler.ir import ATTENTION, EMBED, MATMUL
 from distaff.compiler.passes import cleanup
 from distaff.compiler.passes.pack import WeightFormats
 from distaff.compiler.pipeline import derive, derive_serve_step
+from distaff.kernels import native, survey
 from distaff.kernels.matmul import WeightFormat
+from distaff.kernels.matmul import formats as matmul_formats
 
 
 def formats(matrices, tables=None):
@@ -189,3 +193,39 @@ def test_tied_tables_are_packed_once_and_errors_are_reported(kind, monkeypatch):
     assert report["quality_on_text"]["tokens"] == 14
     assert report["kv_bytes_per_token"] == 2 * 2 * 16 * 2
     assert report["validation"]["relative_error"] < 2e-2  # of a bfloat16 cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Halves(WeightFormat):
+    """A format that no kernel knows: float16, as `weight_formats` says it must be written."""
+
+    kind = "bfloat16"
+    name = "f16"
+    bytes_per_weight = 2.0
+
+    def shapes(self, rows, panels):
+        return [((panels, rows, 16), "float16")]
+
+    def pack(self, weight):
+        padded = np.pad(weight, ((0, 0), (0, -weight.shape[1] % 16)))
+        return (padded.reshape(len(weight), -1, 16).swapaxes(0, 1).astype(np.float16),)
+
+    def unpack(self, arrays, rows, np):
+        return arrays[0].astype(np.float32).swapaxes(0, 1).reshape(rows, -1)
+
+
+def test_a_new_format_is_a_class_that_the_reference_computes_with(monkeypatch):
+    monkeypatch.setattr(matmul_formats, "_families", [*matmul_formats._families])
+    matmul_formats.weight_formats("f16")(lambda name: Halves() if name == "f16" else None)
+    report = served(zoo.decoder(zoo.causal_where), zoo.parameters(3), "f16")
+    assert {row["format"] for row in report["weights"]} == {"f16"}
+    assert report["validation_of_packed_weights"]["relative_error"] < 2e-3
+    verdicts = {
+        v.implementation.name: v.reason
+        for choice in survey("cpu")
+        if (choice.operation, choice.call) == ("matmul", "f16")
+        for v in choice.verdicts
+    }
+    assert verdicts["reference"] == "serves this call"
+    if native.available():
+        assert verdicts["native"] == "has no code for f16"

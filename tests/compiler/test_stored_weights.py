@@ -9,12 +9,12 @@ from distaff.compiler.passes.pack import WeightFormats
 from distaff.compiler.pipeline import derive_serve_step
 from distaff.frontend.loading import load_model
 from distaff.kernels import native
-from distaff.kernels.matmul import WeightFormat
+from distaff.kernels.matmul import PanelFormat, WeightFormat
 
 gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.smoke
 
-FLOAT = WeightFormat("float32")
+FLOAT = PanelFormat("float32")
 HIDDEN = 64
 
 

@@ -87,6 +87,21 @@ def test_einsum(same_as_flax, equation, bias, at_call):
         same_as_flax(lambda nn: nn.Einsum(shape, equation, use_bias=bias), x, rtol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("equation", "shape"),
+    [
+        ("ab...,bc...->ac...", (3, 5, 4)),
+        ("abd,bc...->ac...", (3, 5, 2)),
+        ("a...d,ej...f->adef", (5, 2, 3, 6)),
+        ("a...d,e...->a...e", (5, 3)),
+        ("a...,b...->...ab", (5, 3, 4)),
+        ("...,...->...", (3, 4)),
+    ],
+)
+def test_einsum_with_unnamed_axes_of_the_kernel(same_as_flax, equation, shape):
+    same_as_flax(lambda nn: nn.Einsum(shape, equation, bias_init=nn.initializers.normal()), array((2, 3, 4)), rtol=2e-6)
+
+
 @few
 @given(
     rows=st.sampled_from([1, 7]),
@@ -105,7 +120,7 @@ def test_embed(same_as_flax, rows, shape, dtype, param_dtype):
 
 
 def test_embed_refuses_floats():
-    with pytest.raises(ValueError, match="looks up integers"):
+    with pytest.raises(ValueError, match="must be an integer"):
         nn.Embed(3, 4).init(jax.random.key(0), array((2,)))
 
 

@@ -206,6 +206,7 @@ MISUSES = [
     (lambda nn: dense(nn).init(0, X), "InvalidRngError", ["jax.random.key"]),
     (lambda nn: dense(nn).init(jax.random.split(KEY), X), "InvalidRngError", ["jax.random.key"]),
     (lambda nn: dense(nn).apply({"params": PARAMS}, X, rngs="seed"), "InvalidRngError", ["jax.random.key"]),
+    (lambda nn: dense(nn).apply({"params": PARAMS}, X, rngs={"dropout": 3}), "ValueError", ["dropout"]),
     (
         lambda nn: dense(nn).apply({"params": {"params": PARAMS}}, X),
         "ApplyScopeInvalidVariablesStructureError",
@@ -224,9 +225,8 @@ MISUSES = [
 ]
 
 
-# Flax raises ValueError, and AssertionError.
+# Flax raises AssertionError.
 OURS_ALONE = [
-    (lambda nn: dense(nn).apply({"params": PARAMS}, X, rngs={"dropout": 3}), "InvalidRngError", ["dropout"]),
     (lambda nn: nn.Module.param(nn.Dense(2), "p", nn.initializers.ones, ()), "ValueError", ["unbound"]),
 ]
 

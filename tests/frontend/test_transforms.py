@@ -1,6 +1,5 @@
-"""Lifted transforms: programs that must make the same variables, outputs and gradients as under Flax."""
+"""Lifted transforms: what they trace, share, refuse and name."""
 
-import functools
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distaff.frontend import core, errors
+from distaff.frontend import core, errors, serialization, struct
 from distaff.frontend import linen as nn
 
 from .conftest import assert_same_tree
@@ -20,468 +19,6 @@ KEYS = {name: jax.random.key(i) for i, name in enumerate(("params", "dropout", "
 def plain(tree):
     """Frozen dicts as dicts: what Flax freezes is frozen there alone."""
     return jax.tree.map(lambda x: x, core.unfreeze(tree)) if isinstance(tree, dict) else tree
-
-
-# Programs: each takes a library's nn and returns a module of one argument.
-
-
-def vmap_own_parameters(nn):
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            dense = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=1, out_axes=1)
-            return dense(5)(x)
-
-    return Model()
-
-
-def vmap_of_modules_as_arguments(nn):
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            dense = nn.Dense(3)
-
-            def both(module, dense, x):
-                return dense(x) + nn.Dense(3)(x)
-
-            call = nn.vmap(
-                both, variable_axes={"params": None}, split_rngs={"params": False}, in_axes=(None, 0), out_axes=0
-            )
-            return call(self, dense, x) + nn.Dense(3)(dense(x)[..., :1])
-
-    return Model()
-
-
-def vmap_of_methods_with_options(nn):
-    class Pair(nn.Module):
-        def setup(self):
-            self.up, self.down = nn.Dense(6), nn.Dense(4)
-
-        def encode(self, x):
-            return self.up(x)
-
-        def decode(self, x, scale):
-            return scale * self.down(x)
-
-    axes = dict(variable_axes={"params": 0}, split_rngs={"params": True})
-    pairs = nn.vmap(Pair, methods={"encode": dict(in_axes=0, **axes), "decode": dict(in_axes=(0, None), **axes)})
-
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            pair = pairs()
-            return pair.decode(jnp.sin(pair.encode(x)), 2.0)
-
-    return Model()
-
-
-def vmap_of_partial_class_with_statistics(nn):
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            norm = functools.partial(nn.BatchNorm, use_running_average=False, momentum=0.8, axis_name="batch")
-            call = nn.vmap(
-                norm,
-                variable_axes={"params": None, "batch_stats": None},
-                split_rngs={"params": False},
-                axis_name="batch",
-            )
-            return call()(x)
-
-    return Model()
-
-
-def scan_over_a_sequence(nn):
-    class Cell(nn.Module):
-        @nn.compact
-        def __call__(self, state, x):
-            state = jnp.tanh(nn.Dense(4)(state) + nn.Dense(4, use_bias=False)(x))
-            return state, 2 * state
-
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            rnn = nn.scan(Cell, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
-            return rnn()(jnp.zeros((x.shape[0], 4)), x)
-
-    return Model()
-
-
-def scan_over_layers(nn):
-    class Block(nn.Module):
-        @nn.compact
-        def __call__(self, x, scale, shift):
-            x = nn.Dropout(0.5, deterministic=False)(nn.Dense(4)(x)) * scale + shift
-            return x, (x.sum(), scale)
-
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            layers = nn.scan(
-                Block,
-                variable_axes={"params": 1},
-                split_rngs={"params": True, "dropout": True},
-                in_axes=(nn.broadcast, 0),
-                out_axes=(0, nn.broadcast),
-                reverse=True,
-            )
-            return layers()(x, jnp.float32(1.5), jnp.arange(3.0))
-
-    return Model()
-
-
-def scan_of_a_function_with_state(nn):
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            dense = nn.Dense(4)
-            count = self.variable("state", "count", jnp.zeros, ())
-            dense(x[:, 0])
-
-            def body(module, dense, carry, row):
-                module.variable("state", "count").value += 1.0
-                module.sow("seen", "row", row.sum())
-                return dense(carry + row), row * module.get_variable("state", "count")
-
-            def swapped(module, carry, row):
-                return body(module, dense_of(module), carry, row)
-
-            def dense_of(module):
-                return nn.Dense(4, name="inner")
-
-            scan = nn.scan(
-                swapped,
-                variable_broadcast="params",
-                variable_carry="state",
-                variable_axes={"seen": 0},
-                split_rngs={"params": False},
-                in_axes=1,
-                out_axes=1,
-            )
-            return scan(self, x[:, 0], x), count.value
-
-    return Model()
-
-
-def scan_under_vmap_under_remat(nn):
-    class Block(nn.Module):
-        @nn.compact
-        def __call__(self, x, _):
-            return x + nn.remat(nn.Dense, prevent_cse=False)(4)(jnp.sin(x)), None
-
-    layers = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
-    stacks = nn.vmap(
-        layers, variable_axes={"params": 1}, split_rngs={"params": True}, in_axes=(0, None), out_axes=(0, None)
-    )
-
-    class Model(nn.Module):
-        @nn.remat
-        @nn.compact
-        def __call__(self, x):
-            return stacks(name="stacks")(x, None)[0]
-
-    return Model()
-
-
-def remat_with_static_arguments(nn):
-    class Block(nn.Module):
-        def setup(self):
-            self.dense = nn.Dense(4)
-
-        def __call__(self, x, train, scale=1.0):
-            return self.dense(x) if train else x * scale
-
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            block = nn.checkpoint(Block, static_argnums=(2,))()
-            return block(block(x, True), False, scale=2.0)
-
-    return Model()
-
-
-def remat_scan(nn):
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.remat_scan(nn.Dense, lengths=(2, 1, 2))(4)(x)
-
-    return Model()
-
-
-def jit_of_setup_modules(nn):
-    class Model(nn.Module):
-        def setup(self):
-            self.dense = nn.jit(nn.Dense)(4)
-            self.drop = nn.jit(nn.Dropout)(0.5, deterministic=False)
-
-        @nn.jit
-        @nn.compact
-        def __call__(self, x):
-            x = self.drop(self.dense(self.dense(x)))
-            return self.drop(nn.Dense(3)(self.helper(x)))
-
-        @nn.jit
-        def helper(self, x):
-            return self.drop(x) + jax.random.normal(self.make_rng("noise"), x.shape)
-
-    return Model()
-
-
-def fold_rngs(nn):
-    class Noisy(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(3)(x) + jax.random.normal(self.make_rng("noise"))
-
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            noisy = nn.fold_rngs(Noisy)()
-            return noisy(x) + noisy(x) + nn.fold_rngs(lambda module, x: nn.Dense(3)(x))(self, x)
-
-    return Model()
-
-
-def map_variables_transposed(nn):
-    def transpose(variables):
-        return jax.tree.map(lambda x: x.T, variables)
-
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            tied = nn.map_variables(nn.Dense, "params", transpose, transpose, init=True)
-            return tied(4, use_bias=False)(x) + tied(4, use_bias=False, name="other")(x)
-
-    return Model()
-
-
-def map_variables_masked_in_setup(nn):
-    class Causal(nn.Module):
-        def mask(self, variables):
-            return variables if self.is_initializing() else jax.tree.map(jnp.triu, variables)
-
-        def setup(self):
-            dense = nn.map_variables(nn.Dense, "params", self.mask, init=self.is_initializing())
-            self.dense = dense(4, use_bias=False)
-
-        def __call__(self, x):
-            return self.dense(x)
-
-    return Causal()
-
-
-def derivatives_by_variables(nn):
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            dense = nn.Dense(3)
-            dense(x)
-            y, backward = nn.vjp(lambda module, x: module(x) ** 2, dense, x)
-            by_variables, by_x = backward(jnp.ones_like(y))
-            z, _, aux = nn.vjp(lambda module, x: (module(x), x.sum()), dense, x, has_aux=True)
-            tangents = {"params": jax.tree.map(jnp.ones_like, by_variables["params"])}
-            _, tangent = nn.jvp(lambda module, x: module(x), dense, (x,), (jnp.ones_like(x),), tangents)
-            return y, jax.tree.leaves(by_variables), by_x, z, aux, tangent
-
-    return Model()
-
-
-def derivatives_by_arguments(nn):
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            dense = nn.Dense(3)
-            value = nn.value_and_grad(lambda module, x, y: (module(x) * y).sum(), dense, x, 2.0)
-            aux = nn.grad(lambda module, x: (module(x).sum(), x), dense, x, has_aux=True)
-            return value, aux, nn.grad(lambda module, x: module(x).sum(), dense, x)
-
-    return Model()
-
-
-def custom_gradient(nn):
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            def f(module, scale, x):
-                return module(scale * x)
-
-            def forward(module, scale, x):
-                return nn.vjp(functools.partial(lambda module, x, scale: f(module, scale, x), scale=scale), module, x)
-
-            def backward(scale, vjp_fn, cotangent):
-                params, x = vjp_fn(cotangent)
-                return jax.tree.map(jnp.sign, params), scale * x
-
-            call = nn.custom_vjp(f, forward, backward, nondiff_argnums=(1,))
-            return call(nn.Dense(3), 3.0, x)
-
-    return Model()
-
-
-def while_loop_with_keys(nn):
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            def goes_on(module, state):
-                return module.variables["state"]["count"] < 3
-
-            def body(module, state):
-                module.variable("state", "count", lambda: jnp.array(0)).value += 1
-                return nn.Dense(4)(state) + jax.random.normal(module.make_rng("noise"))
-
-            if self.is_initializing():
-                return body(self, x)
-            return nn.while_loop(
-                goes_on, body, self, x, carry_variables="state", split_rngs={"noise": True, "params": False}
-            )
-
-    return Model()
-
-
-def branches(nn):
-    class Model(nn.Module):
-        def setup(self):
-            self.heads = [nn.Dense(3), nn.Sequential([nn.Dense(5), nn.Dense(3)])]
-
-        @nn.compact
-        def __call__(self, x):
-            self.variable("state", "count", lambda: jnp.int32(0))
-
-            def head(i):
-                def call(module, x):
-                    module.put_variable("state", "count", module.get_variable("state", "count") + i + 1)
-                    return module.heads[i](x)
-
-                return call
-
-            if self.is_initializing():
-                return [head(i)(self, x) for i in range(2)][1]
-            return nn.cond(x.sum() > 100.0, head(0), head(1), self, x) + nn.switch(
-                jnp.int32(0), [head(0), head(1)], self, x
-            )
-
-    return Model()
-
-
-def modules_from_outside(nn):
-    class Wrapper(nn.Module):
-        inner: Any
-
-        @nn.remat
-        @nn.compact
-        def __call__(self, x):
-            return self.inner["a"](x) + nn.jit(lambda module, x: module.inner["b"][0](x))(self, x)
-
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            shared = nn.Dense(4)
-            wrapper = Wrapper({"a": shared, "b": [nn.Dense(4), shared]})
-            stack = nn.vmap(Wrapper, variable_axes={"params": None}, split_rngs={"params": False})
-            return wrapper(shared(x)) + stack({"a": shared, "b": [nn.Dense(4)]})(x)
-
-    return Model()
-
-
-def submodule_as_argument_of_a_lifted_helper(nn):
-    class Model(nn.Module):
-        def setup(self):
-            self.dense = nn.Dense(4)
-            self.other = nn.Dense(4)
-
-        @nn.remat
-        def helper(self, dense, x):
-            return self.dense(x) + dense(x) + self.other(x)
-
-        def __call__(self, x):
-            return self.helper(self.other, self.dense(x))
-
-    return Model()
-
-
-def variables_as_arguments(nn):
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            total = self.variable("state", "total", jnp.zeros, (4,))
-
-            def add(module, total, x):
-                total.value += x.sum((0, 1))
-                return x * total.value
-
-            return nn.remat(add)(self, total, x)
-
-    return Model()
-
-
-def name_scopes(nn):
-    class Model(nn.Module):
-        @nn.compact_name_scope
-        def up(self, x):
-            return nn.Dense(3)(x)
-
-        @nn.compact_name_scope
-        def down(self, x):
-            return nn.Dense(3)(nn.Dense(3)(x)) * self.scale
-
-        def setup(self):
-            self.scale = self.param("scale", nn.initializers.ones, ())
-
-        def __call__(self, x):
-            return self.up(x) + self.down(x) + self.up(2 * x)
-
-    return Model()
-
-
-STATELESS = [
-    vmap_own_parameters,
-    vmap_of_modules_as_arguments,
-    vmap_of_methods_with_options,
-    scan_over_a_sequence,
-    scan_over_layers,
-    scan_under_vmap_under_remat,
-    remat_with_static_arguments,
-    remat_scan,
-    jit_of_setup_modules,
-    fold_rngs,
-    map_variables_transposed,
-    map_variables_masked_in_setup,
-    derivatives_by_variables,
-    derivatives_by_arguments,
-    custom_gradient,
-    modules_from_outside,
-    submodule_as_argument_of_a_lifted_helper,
-    name_scopes,
-]
-STATEFUL = [
-    vmap_of_partial_class_with_statistics,
-    scan_of_a_function_with_state,
-    while_loop_with_keys,
-    branches,
-    variables_as_arguments,
-]
-
-
-@pytest.mark.parametrize("program", STATELESS, ids=lambda program: program.__name__)
-def test_program_is_the_same_as_under_flax(same_as_flax, program):
-    same_as_flax(program, X, rngs=KEYS, rtol=3e-6)
-
-
-@pytest.mark.parametrize("program", STATEFUL, ids=lambda program: program.__name__)
-def test_state_is_the_same_as_under_flax(same_as_flax, program):
-    gradients = program is not while_loop_with_keys  # JAX has none of while loops
-    same_as_flax(program, X, rngs=KEYS, mutable=["state", "batch_stats", "seen"], gradients=gradients, rtol=3e-6)
-
-
-@pytest.mark.parametrize("program", [vmap_own_parameters, scan_over_layers, jit_of_setup_modules])
-def test_intermediates_under_transforms_are_the_same_as_under_flax(flax_nn, program):
-    captured = []
-    for library in (nn, flax_nn):
-        module = program(library)
-        variables = module.init(KEYS, X)
-        captured.append(module.apply(variables, X, rngs=KEYS, capture_intermediates=True)[1])
-    assert_same_tree(*map(plain, captured), rtol=1e-6)
 
 
 def test_remat_recomputes_and_keeps_less():
@@ -665,3 +202,81 @@ def test_named_calls_reach_the_program():
     with nn.override_named_call(False):
         lowered = jax.jit(lambda x: model.apply({}, x)).lower(X)
     assert "Model.special" in lowered.as_text(debug_info=True)
+
+
+def test_filters_are_keys_of_split_rngs():
+    module = nn.Module().bind({}, rngs={"noise": jax.random.key(0)})
+
+    def body(module, state):
+        return state[0] + 1, jax.random.normal(module.make_rng("noise"))
+
+    splits = {"params": False, nn.DenyList(("params",)): True}
+    steps, last = nn.while_loop(lambda m, s: s[0] < 3, body, module, (0, jnp.zeros(())), split_rngs=splits)
+    assert steps == 3 and last != 0
+
+
+def test_jit_of_a_method_that_binds_the_module_itself():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(x)
+
+        @nn.jit
+        def init_with_output(self, rngs, *args, **kwargs):
+            return super().init_with_output(rngs, *args, **kwargs)
+
+    output, variables = Model().init_with_output(jax.random.key(0), X)
+    np.testing.assert_allclose(output, Model().apply(variables, X), rtol=1e-6)
+
+
+def test_jit_compares_serializable_fields_by_their_state():
+    class Config:
+        __hash__ = None
+
+        def __init__(self, size):
+            self.size = size
+
+    serialization.register_serialization_state(Config, lambda c: {"size": c.size}, lambda c, s: Config(s["size"]))
+    traced = []
+
+    class Model(nn.Module):
+        config: Config
+
+        @nn.jit
+        @nn.compact
+        def __call__(self, x):
+            traced.append(self.config.size)
+            return x * self.config.size
+
+    for size in (2, 2, 3):
+        assert Model(Config(size)).apply({}, 1.0) == size
+    assert traced == [2, 3]
+
+
+def test_boxes_may_have_no_axis_inside_vmap(flax_nn):
+    """The size of the axis is that of the boxes' own making, as ``remove_axis`` gives it."""
+
+    class Mean(struct.PyTreeNode, core.AxisMetadata):
+        value: Any
+
+        def unbox(self):
+            return self.value
+
+        def replace_boxed(self, val):
+            return self.replace(value=val)
+
+        def add_axis(self, index, params):
+            return self.replace(value=jnp.mean(self.value, axis=index))
+
+        def remove_axis(self, index, params):
+            return self.replace(value=jnp.broadcast_to(self.value, (params["axis_size"],)))
+
+    class Row(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x * self.variable("aux", "v", lambda: Mean(jnp.ones(()))).value
+
+    rows = nn.vmap(Row, variable_axes={"aux": 0}, metadata_params={"axis_size": 2})()
+    output, variables = rows.init_with_output(jax.random.key(0), X)
+    assert variables["aux"]["v"].value.shape == ()
+    np.testing.assert_array_equal(rows.apply(variables, X), output)

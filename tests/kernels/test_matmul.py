@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from distaff.kernels import native
 from distaff.kernels.matmul import (
     MatmulSpec,
+    PanelFormat,
     WeightFormat,
     call_attributes,
     embed_rows,
@@ -220,7 +221,7 @@ def test_matrices_side_by_side_have_results_of_their_own(platform, tokens):
     joined = np.concatenate([np.pad(p, ((0, 0), (0, n - p.shape[1]))) for p, n in zip(parts, padded, strict=True)], 1)
     bias = rng.normal(size=sum(padded)).astype(np.float32)
     x = rng.normal(size=(tokens, 50)).astype(np.float32)
-    shape = {"format": WeightFormat("float32"), "rows": 50, "columns": sum(padded), "parts": widths}
+    shape = {"format": PanelFormat("float32"), "rows": 50, "columns": sum(padded), "parts": widths}
     found = matmul(jnp.asarray(x), pack(joined, shape["format"]).arrays, bias=bias, platform=platform, **shape)
     starts = np.cumsum([0, *padded])
     for result, part, start in zip(found, parts, starts, strict=False):
@@ -272,7 +273,7 @@ def test_under_jit_with_traced_weights_and_exported(platform):
 
 
 def test_choice_is_explained():
-    spec = MatmulSpec(WeightFormat("int8"), 70000, 16)
+    spec = MatmulSpec(PanelFormat("int8"), 70000, 16)
     rows = explain("matmul", "cpu", call_attributes(spec, "float32"))
     assert [row.implementation.name for row in rows] == ["native", "reference"]
     if native.available():

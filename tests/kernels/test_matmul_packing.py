@@ -7,26 +7,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distaff.kernels.matmul import (
+    PanelFormat,
     UnquantisableError,
     WeightFormat,
     WeightFormatError,
+    gguf_format,
     interleave_gated,
     pack,
-    pack_blocks,
-    pack_gguf,
+    pack_parts,
     packed_shapes,
     split_gguf,
     unpack,
 )
 
-FLOATS = [WeightFormat("float32"), WeightFormat("bfloat16")]
+FLOATS = [PanelFormat("float32"), PanelFormat("bfloat16")]
 GROUPED = [
-    WeightFormat(kind, group, offsets)
+    PanelFormat(kind, group, offsets)
     for kind in ("int8", "int4")
     for group in (32, 64, 128)
     for offsets in (False, True)
 ]
-FORMATS = [*FLOATS, WeightFormat("int8"), *GROUPED]
+FORMATS = [*FLOATS, PanelFormat("int8"), *GROUPED]
 sizes = st.integers(1, 150)
 
 
@@ -37,11 +38,11 @@ def test_names_read_back(format):
 
 
 def test_names_of_gguf_and_of_kinds():
-    assert WeightFormat.parse("Q4_0") == WeightFormat("int4", 32)
-    assert WeightFormat.parse("q4_1") == WeightFormat("int4", 32, offsets=True)
-    assert WeightFormat.parse("q8_0") == WeightFormat.parse("int8") == WeightFormat("int8", 32)
-    assert WeightFormat.parse("int8-channel") == WeightFormat("int8")
-    assert WeightFormat.parse("bfloat16") == WeightFormat("bfloat16")
+    assert WeightFormat.parse("Q4_0") == PanelFormat("int4", 32)
+    assert WeightFormat.parse("q4_1") == PanelFormat("int4", 32, offsets=True)
+    assert WeightFormat.parse("q8_0") == WeightFormat.parse("int8") == PanelFormat("int8", 32)
+    assert WeightFormat.parse("int8-channel") == PanelFormat("int8")
+    assert WeightFormat.parse("bfloat16") == PanelFormat("bfloat16")
 
 
 def test_bytes_per_weight_are_those_of_gguf():
@@ -61,7 +62,7 @@ def test_bytes_per_weight_are_those_of_gguf():
 )
 def test_formats_that_do_not_exist(arguments, message):
     with pytest.raises(WeightFormatError, match=message):
-        WeightFormat(*arguments)
+        PanelFormat(*arguments)
 
 
 @pytest.mark.parametrize("name", ["", "int4g", "int4g32x", "q5_0", "g32"])
@@ -126,7 +127,7 @@ def test_int4_is_better_than_rounding_by_the_largest_weight(format):
     assert np.square(ours - weight).mean() < 0.95 * np.square(plain.reshape(weight.shape) - weight).mean()
 
 
-@pytest.mark.parametrize("format", [WeightFormat("int8"), *GROUPED], ids=str)
+@pytest.mark.parametrize("format", [PanelFormat("int8"), *GROUPED], ids=str)
 def test_zeros_and_constants_stay(format):
     weight = np.zeros((70, 20), np.float32)
     assert not unpack(pack(weight, format)).any()
@@ -139,20 +140,20 @@ def test_weights_without_a_scale(bad):
     weight = np.ones((64, 16), np.float32)
     weight[3, 4] = bad
     with pytest.raises(UnquantisableError):
-        pack(weight, WeightFormat("int4", 32))
+        pack(weight, PanelFormat("int4", 32))
 
 
 def test_blocks_that_do_not_fit():
     integers, scales = np.zeros((64, 5), np.int8), np.ones((2, 5), np.float16)
-    int4 = WeightFormat("int4", 32)
+    int4 = PanelFormat("int4", 32)
     with pytest.raises(ValueError, match="integers from -1 to -1 are not those of int4g32"):
-        pack_blocks(integers - 1, scales, format=int4)
+        pack_parts((integers - 1, scales), int4)
     with pytest.raises(ValueError, match=r"scales of int4g32 must be float16\[2, 5\]"):
-        pack_blocks(integers, scales[:1], format=int4)
+        pack_parts((integers, scales[:1]), int4)
     with pytest.raises(ValueError, match="q4_1 has offsets"):
-        pack_blocks(integers, scales, format=WeightFormat.parse("q4_1"))
+        pack_parts((integers, scales), WeightFormat.parse("q4_1"))
     with pytest.raises(ValueError, match="int4g32 has no offsets"):
-        pack_blocks(integers, scales, scales, format=int4)
+        pack_parts((integers, scales, scales), int4)
     with pytest.raises(ValueError, match=r"must be \[K, N\] and not empty"):
         pack(np.zeros((0, 3), np.float32), int4)
 
@@ -163,7 +164,7 @@ def test_gguf_blocks_are_kept_bit_for_bit(type_name, columns, blocks, seed):
     weight = np.random.default_rng(seed).normal(size=(columns, 32 * blocks)).astype(np.float32)
     kind = GGMLQuantizationType[type_name]
     data = quants.quantize(weight, kind)
-    packed = pack_gguf(data, type_name, columns)
+    packed = pack_parts(split_gguf(data, type_name, columns), gguf_format(type_name))
     assert np.array_equal(unpack(packed), quants.dequantize(data, kind).T)
 
 

@@ -6,7 +6,7 @@ import textwrap
 import pytest
 
 import distaff.kernels
-from distaff.kernels import registry
+from distaff.kernels import native, registry
 
 pytestmark = pytest.mark.smoke
 
@@ -20,7 +20,7 @@ def folder(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("")
     yield package
     registry._implementations.pop("twist", None)
-    registry._import_files.cache_clear()
+    registry.import_files.cache_clear()
     for name in [name for name in sys.modules if name.startswith("distaff.kernels.twist")]:
         del sys.modules[name]
 
@@ -57,6 +57,22 @@ def test_a_new_file_registers_itself_and_the_highest_priority_that_serves_is_cho
         ("plain", False, "gpu has priority 5, above 0"),
     ]
     assert registry.explain("twist", "cpu", {"width": 8})[1].reason == "is for cuda, rocm, not cpu"
+
+
+def test_a_survey_asks_every_operation_for_its_usual_calls(monkeypatch):
+    def served():
+        return {(choice.operation, choice.call): choice.served_by for choice in registry.survey("cpu")}
+
+    monkeypatch.setattr(native, "available", lambda: True)
+    found = served()
+    assert {operation.partition(".")[0] for operation, _ in found} == {"matmul", "paged_attention", "sampling"}
+    assert found["matmul", "q4_1"] == found["paged_attention", "bfloat16 pages"] == "native"
+    assert found["paged_attention", "a mask of its own"] == "xla"
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert found.keys() == served().keys() and set(served().values()) == {"reference", "xla"}
+    for choice in registry.survey("cpu"):
+        reasons = {v.implementation.name: v.reason for v in choice.verdicts if not v.chosen}
+        assert reasons["native"] == "is not built: this installation was made without a C++ compiler"
 
 
 def test_nothing_serves(folder):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -16,6 +17,7 @@ from distaff.tools import bench_peers, peer_engines
 from distaff.tools.bench_peers import ModelForms, compare, main, make_job, watch
 from distaff.tools.peer_engines import ENGINES, PEERS, Interpreter, Peer, PeerError, last_line
 from distaff.tools.peer_report import Row, agreement, markdown, write_json, write_plot
+from distaff.tools.roofline import Sizes, Work, work
 
 TOY = """
 import time
@@ -39,6 +41,7 @@ def toys(tmp_path, monkeypatch):
     (tmp_path / "harness.py").write_text(harness.read_text())
     monkeypatch.setattr(bench_peers, "DRIVERS", tmp_path)
     monkeypatch.setattr(bench_peers, "await_quiet", lambda: None)
+    monkeypatch.setattr(bench_peers, "memory_bandwidth", lambda: 2.0**30)
     monkeypatch.setattr(bench_peers, "_BUSY_SHARE", 2.0)  # tests run beside others
 
     def make(engine="toy", **options):
@@ -54,8 +57,18 @@ def toys(tmp_path, monkeypatch):
     return make
 
 
+class Forms(ModelForms):
+    """Makes nothing: toys read no model."""
+
+    def path(self, peer, python):
+        return self._work
+
+    def work(self, peer, path, job):
+        return Work(step_bytes=2**20, operations=5e9)
+
+
 def run(peers, job, tmp_path, timeout=60.0):
-    return compare(peers, job, ModelForms(tmp_path, tmp_path), tmp_path, tmp_path, timeout)
+    return compare(peers, job, Forms(None, tmp_path), tmp_path, tmp_path, timeout)
 
 
 def test_requests_are_seeded_and_scaled():
@@ -76,7 +89,7 @@ def test_requests_are_seeded_and_scaled():
 
 
 def test_peers_are_well_formed():
-    assert ENGINES == ("distaff", "transformers", "vllm", "llama_cpp")
+    assert ENGINES == ("distaff", "distaff-xla", "transformers", "vllm", "llama_cpp")
     assert len({peer.name for peer in PEERS}) == len(PEERS)
     for peer in PEERS:
         assert (peer_engines.DRIVERS / f"{peer.driver}.py").is_file()
@@ -105,6 +118,8 @@ def test_a_run_measures_and_compares(toys, tmp_path):
         assert row.total_per_s / row.output_per_s == pytest.approx((tokens + prompt) / tokens)
         assert row.output_per_s < tokens / (0.02 * max(job["counts"]))
         assert 5 < row.decode_per_s < 100  # the toy takes 20 ms a token
+        assert row.step_mib == 1 and row.memory_share == pytest.approx(row.decode_per_s / 1024)
+        assert row.gops == pytest.approx(5 * row.output_per_s / tokens)
         assert 1 < row.peak_mib < 1000
         assert 0.02 < row.long_prompt_s < 1 and 0.06 < row.shared_prefix_s < 5 and row.spread == 0
     assert 0.3 < rows[0].startup_s < 30
@@ -123,7 +138,7 @@ def test_engines_take_turns_and_rows_are_medians(toys, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_peers, "execute", execute)
     monkeypatch.setattr(bench_peers, "_BUSY_SHARE", 0.1)
     job = {"prompts": [[1]], "counts": [6]}
-    rows = compare([toys("a"), toys("b")], job, ModelForms(tmp_path, tmp_path), tmp_path, tmp_path, 1.0, rounds=3)
+    rows = compare([toys("a"), toys("b")], job, Forms(None, tmp_path), tmp_path, tmp_path, 1.0, rounds=3)
     assert order == ["a", "b"] * 3
     assert [(row.output_per_s, row.spread, row.decode_per_s) for row in rows] == [
         (2.0, pytest.approx(7 / 3), None),
@@ -174,6 +189,51 @@ def test_a_missing_environment_is_made_in_order(tmp_path, monkeypatch):
     assert commands[1][1] == "-DGGML_NATIVE=ON"
 
 
+def test_what_is_in_development_is_installed_again(tmp_path, monkeypatch):
+    xla = next(peer for peer in PEERS if peer.engine == "distaff-xla")
+    commands = []
+    monkeypatch.setattr(peer_engines, "_version", lambda python, distribution: "1")
+    monkeypatch.setattr(peer_engines, "_run", lambda command, peer: commands.append(list(map(str, command))))
+    peer_engines.interpreter(xla, tmp_path)
+    ((*command, requirement),) = commands
+    assert "--force-reinstall" in command and (Path(requirement.partition("[")[0]) / "pyproject.toml").is_file()
+    peer_engines.interpreter(next(peer for peer in PEERS if peer.engine == "vllm"), tmp_path)
+    assert len(commands) == 1
+
+
+def test_artifacts_are_made_by_the_engines_own_interpreter_for_its_cache(tmp_path, monkeypatch):
+    ran = []
+
+    def record(command, **kwargs):
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 0, "noise\n/artifacts/x\n", "")
+
+    monkeypatch.setattr(bench_peers.subprocess, "run", record)
+    peer = next(peer for peer in PEERS if peer.name == "distaff-gguf")
+    assert ModelForms(None, tmp_path).path(peer, Path("/env/python")) == Path("/artifacts/x")
+    ((python, script, job),) = ran
+    assert (python, Path(script).name) == ("/env/python", "compile_artifact.py")
+    assert json.loads(job) == {
+        "model": "smollm2-135m",
+        "options": {"max_model_len": 1024, "quantize": "gguf"},
+        "kv_cache_bytes": 256 << 20,
+    }
+
+
+def test_work_counts_products():
+    """A model of one layer, counted by hand."""
+    config = SimpleNamespace(
+        num_layers=1, hidden_size=4, num_heads=2, num_kv_heads=1, head_dim=3, intermediate_size=5, vocab_size=7
+    )
+    job = {"single_prompts": [[1] * 10], "single_count": 4, "prompts": [[1, 2], [3]], "counts": [2, 1]}
+    found = work(config, Sizes(weights=1000, cache_per_token=10), job)
+    assert found.step_bytes == 1000 + 10 * 12
+    matrices = 4 * 6 + 2 * 4 * 3 + 6 * 4 + 3 * 4 * 5  # queries, keys and values, output, MLP
+    tokens, outputs = 3 + 1, 3
+    pairs = (1 + 2 + 3) + 1
+    assert found.operations == 2 * matrices * tokens + 2 * 4 * 7 * outputs + 2 * 2 * 6 * pairs
+
+
 def test_the_current_environment_serves_peers_without_requirements(tmp_path):
     found = peer_engines.interpreter(PEERS[0], tmp_path)
     assert found == Interpreter(Path(sys.executable), found.version, {}) and found.version
@@ -185,11 +245,14 @@ def test_agreement_and_last_lines():
 
 
 def test_reports(tmp_path):
-    good = Row("distaff", "float32", "1", 1.25, 1234.5, 2000.0, 50.0, 0.4, 3.0, 700.0, 0.5, 0.02, "")
+    good = Row("distaff", "float32", "1", 1.25, 1234.5, 2000.0, 50.0, 0.4, 3.0, 700.0, 280.0, 0.9, 300.0, 0.5, 0.02, "")
     failed = Row("vllm", "float32", note="failed: a | b")
     lines = markdown([good, failed]).splitlines()
-    assert lines[2] == "| distaff | 1 | float32 | 1.25 | 1,234.5 | 2,000.0 | 50.0 | 0.40 | 3.00 | 700.0 | 50% | 2% |  |"
-    assert lines[3].count("–") == 9 and r"a \| b" in lines[3]
+    cells = (
+        "| distaff | 1 | float32 | 1.25 | 1,234.5 | 2,000.0 | 50.0 | 280.0 | 90% | 300.0 | 0.40 | 3.00 | 700.0 | 50% "
+    )
+    assert lines[2] == cells + "| 2% |  |"
+    assert lines[3].count("–") == 12 and r"a \| b" in lines[3]
     write_json(tmp_path / "r.json", [good, failed], {"requests": 3})
     assert json.loads((tmp_path / "r.json").read_text())["rows"][1]["note"] == "failed: a | b"
     pytest.importorskip("matplotlib")
@@ -208,7 +271,7 @@ def test_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_peers, "compare", record)
     arguments = [
         "--engines",
-        "vllm,distaff-int8g32",
+        "vllm,distaff-int8",
         "--num-prompts",
         "2",
         "--envs",
@@ -218,7 +281,7 @@ def test_the_command_line(tmp_path, monkeypatch):
     ]
     result = CliRunner().invoke(main, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
-    assert asked == ["distaff-int8g32", "vllm-float32", "vllm-bfloat16"]
+    assert asked == ["distaff-int8", "vllm-float32", "vllm-bfloat16"]
     assert "| distaff | 1 | float32 |" in (tmp_path / "t.md").read_text()
     assert len((tmp_path / "work" / "workload.jsonl").read_text().splitlines()) == 2
     result = CliRunner().invoke(main, ["--engines", "distaff,nothing"])

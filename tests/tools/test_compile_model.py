@@ -1,3 +1,4 @@
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -92,6 +93,18 @@ def test_compiles_an_artifact_that_serves_the_model(tmp_path, loads):
     logits = runner.execute(program, one_request(manifest, program, tokens, 0, [3, 1]))
     np.testing.assert_allclose(logits[0], forward(parameters(), tokens[None])[0, -1], atol=1e-5)
     runner.close()
+
+
+def test_the_report_says_what_serves_and_what_a_format_costs(tmp_path, loads, monkeypatch):
+    monkeypatch.setattr(compile_on_demand, "passages", lambda loaded, options: [[5, 9, 33, 2, 60, 1, 7]])
+    result = run("toy", "-o", tmp_path / "a", "--quantize", "int8", *SMALL)
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.output.split())
+    assert "attention: 1 served by kernel, mask causal" in text
+    assert re.search(r"derived: at most \S+e-0\d of the largest logit off the plain model", text)
+    assert "with packed weights: at most" in text and "plain perplexity" in text
+    assert "int8g32 4 0 8192" in text  # matrices, as stored, parameters; so small a table is there twice
+    assert "matmul" in text and "passed over" not in text
 
 
 def test_check_writes_nothing(tmp_path, loads, monkeypatch):

@@ -137,6 +137,13 @@ def test_what_cannot_be_served_is_one_line(artifact, flags, code, says):
     assert says in line
 
 
+def test_kernels_are_shown_without_a_model():
+    result = run("--show-kernels")
+    assert result.exit_code == 0
+    text = " ".join(result.output.split())
+    assert "paged_attention xla a mask of its own native: " in text and "native kernels: " in text
+
+
 def test_models_that_are_not_there(tmp_path):
     result = run(tmp_path / "nothing", "--port", 0)
     assert result.exit_code == 1 and result.output.startswith("error: ") and "nothing" in result.output

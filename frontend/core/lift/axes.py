@@ -87,7 +87,9 @@ def _common_size(axes: Any, trees: Any, given: int | None, transform: str, argum
 
     sizes = set(jax.tree.leaves(jax.tree.map(size, axes, trees, is_leaf=lambda axis: axis is None)))
     if len(sizes) > 1:
-        raise ValueError(f"{transform} got inputs of different sizes along the mapped axes: {sorted(sizes)}.")
+        raise ValueError(
+            f"Inconsistent {'batch axis sizes' if transform == 'vmap' else 'scan lengths'}: {sorted(sizes)}."
+        )
     if given is None and not sizes:
         raise ValueError(
             f"{transform} cannot tell the size of its axis, as no input is mapped over; {argument} should be specified "
@@ -128,6 +130,7 @@ def vmap(
     def run(
         scope_fn: Callable[..., Any], repack_fn: Callable[..., Any], variables: Groups, rngs: Groups, *args: Any
     ) -> Any:
+        variables = _without_axes(variables, in_variable_axes, params)
         axes, trees = (in_variable_axes, in_axes), (variables, args)
         size = _common_size(axes, trees, axis_size, "vmap", "axis_size")
 
@@ -147,7 +150,7 @@ def vmap(
         rngs = _split_keys(rngs, splits, size)
         if spmd_axis_name is not None and _is_sharded(in_axes, args, spmd_axis_name):
             rngs = _shard_keys(rngs, splits, spmd_axis_name)
-        output, groups = mapped(_without_axes(variables, in_variable_axes, params), rngs, args)
+        output, groups = mapped(variables, rngs, args)
         return output, _with_axes(groups, out_variable_axes, params)
 
     return pack(run, in_filters, out_filters, tuple(split_rngs), name="vmap")

@@ -1,0 +1,587 @@
+"""Objects into trees of arrays and back: the one way in which all transforms pass objects through JAX.
+
+``take`` replaces the objects in a function's arguments by tuples of arrays; the rest is a hashable ``Signature``. In
+the transform, ``Signature.enter`` makes objects of its own of them, the function runs, and ``Inside.leave`` finds what
+became of the objects. Outside, ``Plan.finish`` assigns that to those that were given and makes those returned.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from distaff.frontend.nnx.filters import Filter, PathParts, ordered_predicates
+from distaff.frontend.nnx.graphdef import Build, NodeDef, NodeRef, Spec, VariableDef
+from distaff.frontend.nnx.kinds import Kind, kind_of
+from distaff.frontend.nnx.state import State
+from distaff.frontend.nnx.structure import ItemCell, Structure, Walk, paths_of, structure_of
+from distaff.frontend.nnx.variables import Variable
+
+
+class PrefixMapping:
+    """What a transform's specification gives for an object: a value for each filter, such as an axis or a sharding.
+
+    Args:
+        mapping: filters and values; each variable has the value of the first filter that matches it.
+    """
+
+    def __init__(self, mapping: Mapping[Filter, Any] | Iterable[tuple[Filter, Any]], /) -> None:
+        items = list(mapping.items() if isinstance(mapping, Mapping) else mapping)
+        self.filters: tuple[Filter, ...] = tuple(filter for filter, _ in items)
+        self.values: tuple[Any, ...] = tuple(value for _, value in items)
+
+    def map_prefix(self, path: PathParts, variable: Any) -> Any:
+        """The value for a variable.
+
+        Raises:
+            ValueError: no filter matches it.
+        """
+        return self.values[self._first_match(path, variable)]
+
+    def _first_match(self, path: PathParts, variable: Any) -> int:
+        for i, matches in enumerate(ordered_predicates(self.filters)):
+            if matches(path, variable):
+                return i
+        raise ValueError(f"No filter of {self} matches {path}: {variable}. Use `...` to match all that remain.")
+
+    def groups(self, spec: Spec, cells: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+        """For each filter, which of the leaves of a definition it takes."""
+        groups: list[list[int]] = [[] for _ in self.filters]
+        for i, (path, cell) in enumerate(zip(paths_of(spec), cells, strict=True)):
+            value = cell if isinstance(cell, Variable) else cell._raw_value
+            groups[self._first_match(path, value)].append(i)
+        return tuple(map(tuple, groups))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({dict(zip(map(repr, self.filters), self.values, strict=True))})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and (self.filters, self.values) == (other.filters, other.values)
+
+    def __hash__(self) -> int:
+        return hash((self.filters, self.values))
+
+
+def is_object(x: Any) -> bool:
+    """Whether transforms take ``x`` apart: nodes, variables and states."""
+    return kind_of(x) <= Kind.NODE or isinstance(x, State)
+
+
+def is_object_or_prefix(x: Any) -> bool:
+    """As ``is_object``, or a ``PrefixMapping``: where trees of specifications end."""
+    return isinstance(x, PrefixMapping) or is_object(x)
+
+
+class Layout(NamedTuple):
+    """Where objects stand in a tree: its treedef with them as leaves, and which of the leaves they are."""
+
+    treedef: Any
+    positions: tuple[int, ...]
+
+
+_WHOLE = Layout(None, ())  # the tree is an object itself
+
+
+class Taken(NamedTuple):
+    """A tree without its objects.
+
+    Attributes:
+        leaves: its leaves, None where an object stood; the tree itself if ``layout`` is None.
+        layout: where the objects stood; None if there are none.
+        objects: them.
+    """
+
+    leaves: Any
+    layout: Layout | None
+    objects: list[Any]
+
+
+def take_tree(tree: Any) -> Taken:
+    """Find the objects in a tree."""
+    kind = kind_of(tree)
+    if kind <= Kind.NODE or isinstance(tree, State):
+        return Taken(None, _WHOLE, [tree])
+    if kind is not Kind.CONTAINER:
+        return Taken(tree, None, [])
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_object)
+    positions = tuple(i for i, leaf in enumerate(leaves) if is_object(leaf))
+    if not positions:
+        return Taken(tree, None, [])
+    return Taken(leaves, Layout(treedef, positions), [leaves[i] for i in positions])
+
+
+def put_tree(leaves: Any, layout: Layout | None, values: Iterable[Any]) -> Any:
+    """The tree with other values where its objects stood."""
+    if layout is None:
+        return leaves
+    if layout is _WHOLE:
+        (value,) = values
+        return value
+    leaves = list(leaves)
+    for position, value in zip(layout.positions, values, strict=True):
+        leaves[position] = value
+    return layout.treedef.unflatten(leaves)
+
+
+class Leaves(NamedTuple):
+    """How the joint leaves of several objects are put into tuples.
+
+    Attributes:
+        spans: of each object, which of the leaves are its own.
+        groups: for each object, if a ``PrefixMapping`` was given for it, the leaves that each filter takes.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    groups: tuple[tuple[tuple[int, ...], ...] | None, ...]
+
+    def pack(self, values: Sequence[Any]) -> list[Any]:
+        """For each object, its leaves as a tuple; in groups where a ``PrefixMapping`` was given."""
+        packed: list[Any] = []
+        for (start, end), groups in zip(self.spans, self.groups, strict=True):
+            own = tuple(values[start:end])
+            packed.append(own if groups is None else tuple([tuple([own[i] for i in group]) for group in groups]))
+        return packed
+
+    def unpack(self, packed: Iterable[Any]) -> list[Any]:
+        """The inverse of ``pack``."""
+        flat: list[Any] = []
+        for own, groups in zip(packed, self.groups, strict=True):
+            if groups is None:
+                flat += own
+            else:
+                placed = {i: x for group, xs in zip(groups, own, strict=True) for i, x in zip(group, xs, strict=True)}
+                flat += [placed[i] for i in range(len(placed))]
+        return flat
+
+
+class Signature:
+    """The static half of some trees: where objects stand in them and what these are.
+
+    Two are the same object if they are equal, so that JAX need not compare them.
+
+    Attributes:
+        layouts: of each tree.
+        specs: of all objects, with a joint numbering.
+        leaves: how their leaves are put into tuples.
+        owners: for each object, the number of its tree.
+        graph: whether shared references are allowed.
+    """
+
+    def __init__(
+        self, layouts: tuple[Layout | None, ...], specs: tuple[Spec, ...], leaves: Leaves, prefixes: Any, graph: bool
+    ) -> None:
+        self.layouts = layouts
+        self.specs = specs
+        self.leaves = leaves
+        self.prefixes = prefixes
+        self.owners = tuple(i for i, layout in enumerate(layouts) for _ in range(_count(layout)))
+        self.graph = graph
+
+    def split_trees(self, trees: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Trees in which tuples stand for objects, as (leaves of each tree, tuples)."""
+        leaves, pure = [], []
+        for layout, tree in zip(self.layouts, trees, strict=True):
+            if layout is None:
+                leaves.append(tree)
+            elif layout is _WHOLE:
+                leaves.append(None)
+                pure.append(tree)
+            else:
+                own = layout.treedef.flatten_up_to(tree)
+                leaves.append(own)
+                pure += (own[i] for i in layout.positions)
+        return leaves, pure
+
+    def join_trees(self, leaves: Sequence[Any], values: Iterable[Any]) -> list[Any]:
+        """The trees with ``values`` where objects stood."""
+        remaining = iter(values)
+        return [
+            put_tree(own, layout, [next(remaining) for _ in range(_count(layout))])
+            for own, layout in zip(leaves, self.layouts, strict=True)
+        ]
+
+    def updates_tree(self, packed: Iterable[Any]) -> list[Any]:
+        """The trees with tuples where objects stood and None for all else."""
+        nothing = [None if x is None or x is _WHOLE else [None] * x.treedef.num_leaves for x in self.layouts]
+        return self.join_trees(nothing, packed)
+
+    def enter(self, trees: Sequence[Any]) -> Inside:
+        """Make objects of the tuples in ``trees``, new ones that belong to the running JAX transform."""
+        return Inside(self, trees)
+
+
+def _count(layout: Layout | None) -> int:
+    return 0 if layout is None else 1 if layout is _WHOLE else len(layout.positions)
+
+
+_signatures: weakref.WeakValueDictionary[Any, Signature] = weakref.WeakValueDictionary()
+
+
+class Outside(NamedTuple):
+    """What ``take`` gives: the trees with tuples of arrays for objects, and how to come back.
+
+    Attributes:
+        signature: the static half; hashable.
+        trees: for each tree given, it with the tuples.
+        structure: where the objects' values are.
+        objects: the objects.
+    """
+
+    signature: Signature
+    trees: list[Any]
+    structure: Structure
+    objects: list[Any]
+
+    def of_copies(self) -> Outside:
+        """The same with new objects, so that those given stay as they are."""
+        inside = self.signature.enter(self.trees)
+        return Outside(self.signature, self.trees, Structure(inside.objects, self.signature.graph), inside.objects)
+
+
+def take(
+    trees: Sequence[Any], graph: bool = True, prefixes: Sequence[Any] | None = None, skip: frozenset[int] = frozenset()
+) -> Outside:
+    """Replace the objects in some trees by tuples of their arrays.
+
+    Args:
+        trees: such as a function's arguments; they share one numbering of objects.
+        graph: whether shared references between and within them are allowed.
+        prefixes: for each tree, the specification of a transform, or None. Where a ``PrefixMapping`` is given for an
+            object, its leaves come in one tuple for each filter.
+        skip: the numbers of trees to leave as they are.
+
+    Raises:
+        ValueError: in tree mode, a variable stands at two places; a variable that stands at two places has another
+            prefix at each.
+    """
+    taken = [Taken(tree, None, []) if i in skip else take_tree(tree) for i, tree in enumerate(trees)]
+    objects = [x for tree in taken for x in tree.objects]
+    structure = structure_of(objects, graph)
+    layouts = tuple([tree.layout for tree in taken])
+    of_objects = None if prefixes is None else tuple(_object_prefixes(taken, prefixes))
+    key = layouts, of_objects
+    signature = structure.kept.get(key)
+    if signature is None:
+        signature = structure.kept[key] = _signature(layouts, structure, of_objects)
+    packed = iter(signature.leaves.pack(structure.values()))
+    made = [
+        tree.leaves if tree.layout is None else put_tree(tree.leaves, tree.layout, [next(packed) for _ in tree.objects])
+        for tree in taken
+    ]
+    return Outside(signature, made, structure, objects)
+
+
+def _signature(layouts: tuple[Layout | None, ...], structure: Structure, prefixes: Any) -> Signature:
+    if prefixes is not None:
+        check_aliases(structure, prefixes)
+    leaves = _leaves(structure.specs, structure.cells, structure.spans, prefixes)
+    key = layouts, structure.specs, leaves.groups, prefixes, structure.graph
+    return _signatures.setdefault(key, Signature(layouts, structure.specs, leaves, prefixes, structure.graph))
+
+
+def _leaves(specs: Sequence[Spec], cells: Sequence[Any], spans: Sequence[tuple[int, int]], prefixes: Any) -> Leaves:
+    groups = tuple(
+        prefix.groups(spec, cells[start:end]) if isinstance(prefix, PrefixMapping) else None
+        for spec, (start, end), prefix in zip(specs, spans, prefixes or [None] * len(specs), strict=True)
+    )
+    return Leaves(tuple(spans), groups)
+
+
+def _object_prefixes(taken: Sequence[Taken], prefixes: Sequence[Any]) -> list[Any]:
+    """The prefix of each object."""
+    found: list[Any] = []
+    for tree, prefix in zip(taken, prefixes, strict=True):
+        if tree.layout is None:
+            continue
+        if tree.layout is _WHOLE:
+            found.append(prefix)
+            continue
+        whole = tree.layout.treedef.unflatten(range(tree.layout.treedef.num_leaves))
+        spread = jax.tree.leaves(
+            jax.tree.map(lambda p, below: jax.tree.map(lambda _: _Box(p), below), prefix, whole, is_leaf=_ends_prefix),
+            is_leaf=lambda x: isinstance(x, _Box),
+        )
+        found += (spread[i].value for i in tree.layout.positions)
+    return found
+
+
+class _Box:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _ends_prefix(x: Any) -> bool:
+    return x is None or isinstance(x, PrefixMapping)
+
+
+def check_aliases(structure: Structure, prefixes: Sequence[Any]) -> None:
+    """Raise ValueError if a variable stands at several places for which the prefixes say different things."""
+    cells = iter(structure.cells)
+    defined: dict[int, Spec] = {}
+    first: dict[int, tuple[PathParts, Any]] = {}
+
+    def prefix_at(prefix: Any, path: PathParts, variable: Any) -> Any:
+        return prefix.map_prefix(path, variable) if isinstance(prefix, PrefixMapping) else prefix
+
+    def again(spec: Spec, path: PathParts, prefix: Any, seen: frozenset[int]) -> None:
+        """Compare at a second place of what was defined before."""
+        number = getattr(spec, "number", None)
+        if number is None and not isinstance(spec, NodeDef):
+            return
+        if isinstance(spec, NodeRef):
+            spec = defined[spec.number]
+        if isinstance(spec, VariableDef):
+            where, (before, variable) = first[spec.number][0], first[spec.number][1]
+            now = prefix_at(prefix, path, variable)
+            if now != before:
+                raise ValueError(
+                    f"Inconsistent aliasing detected: the {spec.type.__name__} at {_dotted(where)} stands at "
+                    f"{_dotted(path)} as well, with the specification {before!r} there and {now!r} here. Give both the "
+                    "same, or pass the variable once."
+                )
+        elif isinstance(spec, NodeDef) and spec.number not in seen:
+            inside = seen if spec.number is None else seen | {spec.number}
+            for key, child in spec.attributes:
+                again(child, (*path, key), prefix, inside)
+
+    def visit(spec: Spec, path: PathParts, prefix: Any) -> None:
+        if isinstance(spec, NodeRef):
+            again(spec, path, prefix, frozenset())
+        elif isinstance(spec, VariableDef):
+            variable = next(cells)
+            defined[spec.number] = spec
+            first[spec.number] = path, (prefix_at(prefix, path, variable), variable)
+        elif isinstance(spec, NodeDef):
+            if spec.number is not None:
+                defined[spec.number] = spec
+            for key, child in spec.attributes:
+                visit(child, (*path, key), prefix)
+        elif not hasattr(spec, "key"):
+            next(cells)
+
+    for spec, prefix in zip(structure.specs, prefixes, strict=True):
+        visit(spec, (), prefix)
+
+
+def _dotted(path: PathParts) -> str:
+    return ".".join(map(str, path)) or "(the argument itself)"
+
+
+class Inside:
+    """The objects of a transform's function, while it is traced.
+
+    Attributes:
+        trees: the trees with objects again.
+        objects: the objects in them.
+        cells: their variables and arrays, in the order of the signature's leaves.
+    """
+
+    def __init__(self, signature: Signature, trees: Sequence[Any]) -> None:
+        self.signature = signature
+        leaves, packed = signature.split_trees(trees)
+        self._values = signature.leaves.unpack(packed)
+        build, remaining = Build(), iter(self._values)
+        self.objects = [build.make_with(spec, remaining) for spec in signature.specs]
+        self.trees = signature.join_trees(leaves, self.objects)
+        walk = Walk()
+        walk.visit_all(self.objects)
+        self.cells = walk.cells
+        self._numbered = walk.objects
+        self._metadata = [cell._var_metadata for cell in walk.cells if isinstance(cell, Variable)]
+
+    def leave(
+        self,
+        out: Any,
+        *,
+        structure_updates: bool,
+        whole: bool = False,
+        complete: frozenset[int] = frozenset(),
+        out_prefix: Any = None,
+    ) -> tuple[Any, Any, Static]:
+        """What became of the objects, and the function's result without objects.
+
+        Args:
+            out: the result.
+            structure_updates: whether changes of structure are passed on, and objects may be returned that were given.
+            whole: give the updates as a list of trees like those given, with None for what is no object; otherwise as a
+                list of arrays, of those that changed.
+            complete: of which trees all leaves are among the updates, changed or not (as of donated ones).
+            out_prefix: the specification of the transform for the result.
+
+        Returns:
+            ``(updates, out, static)``: the first two are trees of arrays, the last is to be passed out as it is.
+
+        Raises:
+            ValueError: without ``structure_updates``, a variable that was given is returned, or one is returned twice.
+        """
+        walk = Walk()
+        spans = walk.visit_all(self.objects)
+        specs = tuple(walk.specs)
+        same = (
+            specs == self.signature.specs
+            and all(map(operator.is_, walk.objects, self._numbered))
+            and self._items_are_same(walk.cells, whole or bool(complete))
+        )
+        known: dict[int, int] | None = None
+        if structure_updates and not same:
+            numbers = {id(x): i for i, x in enumerate(self._numbered)}
+            known = {i: numbers[id(x)] for i, x in enumerate(walk.objects) if id(x) in numbers}
+            leaves = _leaves(specs, walk.cells, spans, self.signature.prefixes)
+            cells, changed = walk.cells, list(range(len(walk.cells)))
+        else:
+            leaves, cells = self.signature.leaves, self.cells
+            changed = list(range(len(cells))) if whole else self._changed(structure_updates, complete)
+        if not structure_updates:
+            self._check_no_alias(out)
+            walk = Walk()
+        taken, pure_out, out_specs, out_leaves = _take_out(out, walk, out_prefix)
+        values = [_returned(cells[i], structure_updates) for i in changed]
+        updates = self.signature.updates_tree(leaves.pack(values)) if whole else values
+        metadata = () if structure_updates else self._changed_metadata()
+        plan = Plan(taken.layout, out_specs, out_leaves, tuple(changed), leaves, whole, metadata, specs, known)
+        return updates, pure_out, Static(plan)
+
+    def _items_are_same(self, cells: Sequence[Any], all_returned: bool) -> bool:
+        """Whether no array in a container was replaced, and none has to be."""
+        return all(
+            not isinstance(cell, ItemCell) or (cell._raw_value is before and not all_returned)
+            for cell, before in zip(cells, self._values, strict=True)
+        )
+
+    def _changed(self, arrays_too: bool, complete: frozenset[int]) -> list[int]:
+        spans, owners = self.signature.leaves.spans, self.signature.owners
+        kept = {
+            i for (start, end), owner in zip(spans, owners, strict=True) if owner in complete for i in range(start, end)
+        }
+        return [
+            i
+            for i, (cell, before) in enumerate(zip(self.cells, self._values, strict=True))
+            if i in kept or (cell._raw_value is not before and (arrays_too or isinstance(cell, Variable)))
+        ]
+
+    def _changed_metadata(self) -> tuple[tuple[int, Any], ...]:
+        variables = [(i, cell) for i, cell in enumerate(self.cells) if isinstance(cell, Variable)]
+        return tuple(
+            (i, cell._var_metadata)
+            for (i, cell), before in zip(variables, self._metadata, strict=True)
+            if cell._var_metadata is not before
+        )
+
+    def _check_no_alias(self, out: Any) -> None:
+        seen = {id(cell) for cell in self.cells if isinstance(cell, Variable)}
+        for x in take_tree(out).objects:
+            walk = Walk()
+            walk.visit(x)
+            for cell in walk.cells:
+                if isinstance(cell, Variable) and id(cell) in seen:
+                    raise ValueError(
+                        f"Duplicate {type(cell).__name__}: it is returned, and was given or is returned twice. "
+                        "Without graph updates that is not supported. Return a copy (nnx.clone), or pass graph=True "
+                        "and graph_updates=True to the transform."
+                    )
+            seen.update(map(id, walk.cells))
+
+
+def _returned(cell: Any, arrays_too: bool) -> Any:
+    """A value as a transform may return it; None if it is not assigned, as mutable arrays changed in place."""
+    value = cell._raw_value
+    return None if is_ref(value) or not (arrays_too or isinstance(cell, Variable)) else value
+
+
+def is_ref(value: Any) -> bool:
+    """Whether a value is a mutable array, or stands for one in a trace."""
+    return isinstance(value, jax.Ref)
+
+
+def _take_out(out: Any, walk: Walk, prefix: Any) -> tuple[Taken, Any, tuple[Spec, ...], Leaves]:
+    """The result with tuples for objects, which are numbered on from ``walk``."""
+    taken = take_tree(out)
+    known = len(walk.cells), len(walk.specs)
+    spans = walk.visit_all(taken.objects)
+    specs = tuple(walk.specs[known[1] :])
+    prefixes = None if prefix is None else _object_prefixes([taken], [prefix])
+    cells = walk.cells[known[0] :]
+    leaves = _leaves(specs, cells, [(start - known[0], end - known[0]) for start, end in spans], prefixes)
+    packed = leaves.pack([cell._raw_value for cell in cells])
+    return taken, put_tree(taken.leaves, taken.layout, packed), specs, leaves
+
+
+class Plan(NamedTuple):
+    """The static half of what a transform's function did to its objects.
+
+    Attributes:
+        layout: where objects stand in the result.
+        out_specs: of these.
+        out_leaves: how their leaves are put into tuples.
+        changed: which leaves the updates are for.
+        leaves: how these are put into tuples, if ``whole``.
+        whole: whether the updates are trees, or a list.
+        metadata: which variables have other metadata, and what.
+        specs: of the objects given, as they are now.
+        known: if their structure changed: which of the new numbers were which of the old ones.
+    """
+
+    layout: Layout | None
+    out_specs: tuple[Spec, ...]
+    out_leaves: Leaves
+    changed: tuple[int, ...]
+    leaves: Leaves
+    whole: bool
+    metadata: tuple[tuple[int, Any], ...]
+    specs: tuple[Spec, ...]
+    known: dict[int, int] | None
+
+    def finish(self, outside: Outside, updates: Any, out: Any) -> Any:
+        """Assign the updates to the objects given, and put objects into the result."""
+        if self.whole:
+            _, packed = outside.signature.split_trees(updates)
+            updates = self.leaves.unpack(packed)
+        if self.known is None:
+            cells = outside.structure.cells
+            for i, value in zip(self.changed, updates, strict=True):
+                if value is not None:
+                    cells[i].write(value)
+            for i, metadata in self.metadata:
+                variable: Any = cells[i]
+                variable.set_metadata(metadata)
+            if self.layout is None:
+                return out
+        build = Build()
+        numbered = _numbered(outside)
+        if self.known is None:
+            build.objects = dict(enumerate(numbered))
+        else:
+            build = Build(existing={new: numbered[old] for new, old in self.known.items()})
+            remaining = iter(updates)
+            for spec in self.specs:
+                build.make_with(spec, remaining)
+        return self._result(build, out)
+
+    def _result(self, build: Build, out: Any) -> Any:
+        if self.layout is None:
+            return out
+        leaves = [out] if self.layout is _WHOLE else self.layout.treedef.flatten_up_to(out)
+        positions = (0,) if self.layout is _WHOLE else self.layout.positions
+        remaining = iter(self.out_leaves.unpack(leaves[i] for i in positions))
+        return put_tree(leaves, self.layout, [build.make_with(spec, remaining) for spec in self.out_specs])
+
+
+def _numbered(outside: Outside) -> list[Any]:
+    """The nodes and variables of the objects given, in the order of their numbers."""
+    walk = Walk(outside.signature.graph)
+    walk.visit_all(outside.objects)
+    return walk.objects
+
+
+class Static:
+    """A pytree without leaves that carries a ``Plan`` out of a trace; equal to itself alone."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+
+jax.tree_util.register_static(Static)

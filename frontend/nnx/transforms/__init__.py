@@ -1,0 +1,1 @@
+"""JAX's transforms for functions of objects."""

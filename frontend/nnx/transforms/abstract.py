@@ -1,0 +1,31 @@
+"""Functions of objects without computing anything: shapes of results, and modules that are not allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from distaff.frontend.nnx.extract import take
+from distaff.frontend.nnx.graphdef import graph_mode
+
+
+def eval_shape(
+    f: Callable[..., Any], *args: Any, graph: bool | None = None, graph_updates: bool | None = None, **kwargs: Any
+) -> Any:
+    """The result of ``f`` with ``jax.ShapeDtypeStruct`` for arrays; nothing is computed or assigned.
+
+    >>> model = nnx.eval_shape(lambda: Model(rngs=nnx.Rngs(0)))  # no array is made
+    """
+    names, count = sorted(kwargs), len(args)
+    outside = take([*args, *(kwargs[name] for name in names)], graph_mode(graph))
+    signature = outside.signature
+
+    def traced(trees: Any) -> Any:
+        inside = signature.enter(trees)
+        out = f(*inside.trees[:count], **dict(zip(names, inside.trees[count:], strict=True)))
+        return inside.leave(out, structure_updates=True, whole=False, complete=frozenset(range(len(trees))))
+
+    updates, out, static = jax.eval_shape(traced, outside.trees)
+    return static.plan.finish(outside.of_copies(), updates, out)
