@@ -32,9 +32,9 @@ def paged_attention(
     ``k[T, KV, D]`` and ``v[T, KV, Dv]`` go to ``batch.slots`` of ``k_pages[L, P, page, KV, D]`` and ``v_pages[L, P,
     page, KV, Dv]`` at ``layer``, a number or a traced scalar (heads in int8 pools have `STEP_BYTES` more);
     ``q[T, H, D]`` against them gives ``[T, H, Dv]`` in q's dtype, computed in float32 (products at jax's default
-    precision; a kernel may round queries and weights to bfloat16 where the pages hold that or int8). Returns it and both
-    pools, which are updated in place if they are donated to the program. If ``k_pages is v_pages``, keys are values
-    too: ``v`` is not looked at, and both pools returned are the same array.
+    precision; a kernel may round queries and weights to bfloat16 where the pages hold that or int8). Returns it and
+    both pools, which are updated in place if they are donated to the program. If ``k_pages is v_pages``, keys are
+    values too: ``v`` is not looked at, and both pools returned are the same array.
 
     H is a multiple of KV, and head h reads key-value head ``h // (H / KV)``. ``sinks[H]`` are scores of one more
     softmax column per head that has no value. ``rotary`` are the tables cos and sin, float32 ``[P, size]``, that
