@@ -1,5 +1,7 @@
 """Accepted models: each is derived, validated against its plain self, and read as the attention that it is."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import model_zoo as zoo
@@ -241,6 +243,17 @@ def test_layers_of_two_kinds_are_rolled_in_pairs():
     step = derived(model, params, roll_layers=True)
     assert step.report["rolled_layers"] == 3
     assert step.report["validation"]["relative_error"] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["grouped_late_division", "every_other"])  # by the kernel, and with a mask of its own
+def test_int8_caches_keep_steps_beside_the_values(name):
+    step = derived(zoo.decoder(getattr(zoo, name)), zoo.parameters(3), kv_dtype="int8", passages=[range(1, 9)] * 2)
+    plain = derived(zoo.decoder(getattr(zoo, name)), zoo.parameters(3))
+    assert {c.dtype for c in step.caches} == {"int8"}
+    assert [(*c.shape[:-1], c.shape[-1] - 4) for c in step.caches] == [c.shape for c in plain.caches]
+    assert step.report["kv_bytes_per_token"] == sum(c.layers * math.prod(c.shape) for c in step.caches)
+    assert 1e-4 < step.report["validation"]["relative_error"] < 0.03
+    assert step.report["quality_on_text"]["tokens"] == 14
 
 
 def test_bfloat16_models_cache_bits_on_a_cpu():
