@@ -136,25 +136,17 @@ def scales(nn: Any, count: int) -> Any:
     return All()
 
 
-def train_step(nn: Any, struct: Any, x: jax.Array, parameters: int) -> Task:
-    """A task that runs one step of Adam on a train state of the library."""
-
-    class State(struct.PyTreeNode):  # type: ignore[misc]
-        params: Any
-        opt_state: Any
-        apply_fn: Callable[..., Any] = struct.field(pytree_node=False)
-        tx: optax.GradientTransformation = struct.field(pytree_node=False)
+def train_step(nn: Any, state_type: Any, x: jax.Array, parameters: int) -> Task:
+    """A task that runs one step of Adam on the library's ``TrainState``."""
 
     @jax.jit
     def step(state: Any, x: jax.Array) -> Any:
         grads = jax.grad(lambda params: jnp.sum(state.apply_fn({"params": params}, x) ** 2))(state.params)
-        updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
-        return state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+        return state.apply_gradients(grads=grads)
 
-    model, tx = scales(nn, parameters), optax.adam(1e-3)
+    model = scales(nn, parameters)
     params = model.init(jax.random.key(0), x)["params"]
-    state = State(params=params, opt_state=tx.init(params), apply_fn=model.apply, tx=tx)
-    return functools.partial(step, state, x)
+    return functools.partial(step, state_type.create(apply_fn=model.apply, params=params, tx=optax.adam(1e-3)), x)
 
 
 def plain_train_step(x: jax.Array, parameters: int) -> Task:
@@ -190,14 +182,16 @@ def plain_tasks(x: jax.Array, layers: int, parameters: int) -> dict[str, Task]:
 
 def library_tasks(package: str, x: jax.Array, layers: int, parameters: int) -> dict[str, Task]:
     """What a library is timed at, by row."""
-    nn, struct, nnx = (importlib.import_module(f"{package}.{name}") for name in ("linen", "struct", "nnx"))
+    nn, nnx, train_state = (
+        importlib.import_module(f"{package}.{name}") for name in ("linen", "nnx", "training.train_state")
+    )
     model, key = decoder(nn, layers), jax.random.key(0)
     variables = model.init(key, x)
     return {
         "apply, traced": lambda: jax.make_jaxpr(lambda v, x: model.apply(v, x))(variables, x),
         "init, traced": lambda: jax.make_jaxpr(lambda key, x: model.init_with_output(key, x))(key, x),
         "apply, un-jitted": lambda: model.apply(variables, x),
-        "train step, dispatched": train_step(nn, struct, x[0, 0, :4], parameters),
+        "train step, dispatched": train_step(nn, train_state.TrainState, x[0, 0, :4], parameters),
         **nnx_tasks(nnx, x, PROJECTIONS | MLP, layers, parameters),
     }
 
