@@ -192,7 +192,7 @@ class RngStream(_Draws, Pytree):
         self.count[...] += 1
 
     def _one_key(self) -> jax.Array:
-        key = self.key[...]
+        key: jax.Array = self.key[...]
         if key.shape:
             raise ValueError(
                 f"The stream {self.tag!r} holds keys of shape {key.shape}, so it can't give one. Draw inside the vmap "

@@ -23,8 +23,11 @@ def parameter(
     rngs: Rngs, init: Initializer, shape: tuple[int, ...], dtype: Dtype, metadata: Metadata = NO_METADATA
 ) -> Param[Array]:
     """A new parameter, initialised with the next key of the stream ``params``."""
-    stream = rngs.params
-    key = stream.skip() if ignores_key(init) else stream()
+    stream, key = rngs.params, None
+    if ignores_key(init):
+        stream.skip()
+    else:
+        key = stream()
     return Param(init(key, shape, dtype), **metadata)
 
 

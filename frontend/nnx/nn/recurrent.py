@@ -53,7 +53,7 @@ class RNN(Module):
         reverse: bool = False,
         keep_order: bool = False,
         unroll: int = 1,
-        state_axes: Mapping[Any, Any] | None = None,
+        state_axes: StateAxes | Mapping[Filter, Any] | None = None,
         broadcast_rngs: Filter = None,
         rngs: Rngs | RngStream | bool = True,
     ) -> None:
@@ -135,7 +135,7 @@ class RNN(Module):
             # To keep all carries and pick from them is faster than to choose in each step.
             return carry, y if seq_lengths is None else (carry, y)
 
-        axes = StateAxes({All(RngState, self.broadcast_rngs): None, **self.state_axes})
+        axes = StateAxes([(All(RngState, self.broadcast_rngs), None), *self.state_axes.items()])
         scanned = scan(
             step,
             in_axes=(axes, Carried, time_axis),

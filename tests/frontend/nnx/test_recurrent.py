@@ -16,9 +16,13 @@ def lib(request):
     return nnx if request.param == "distaff" else pytest.importorskip("flax.nnx")
 
 
-@pytest.mark.parametrize("cell", ["SimpleCell", "GRUCell", "LSTMCell", "OptimizedLSTMCell"])
-@pytest.mark.parametrize("reverse", [{}, {"reverse": True}, {"reverse": True, "keep_order": True}])
-@pytest.mark.parametrize("options", [{}, {"time_major": True}, {"seq_lengths": LENGTHS}, {"unroll": 2}])
+CELLS = ["SimpleCell", "GRUCell", "LSTMCell", "OptimizedLSTMCell"]
+OPTIONS = [{}, {"time_major": True}, {"seq_lengths": LENGTHS}, {"unroll": 2}]
+ORDERS = [{}, {"reverse": True}, {"reverse": True, "keep_order": True}]
+CASES = [(CELLS[(i + j) % 4], order, options) for i, options in enumerate(OPTIONS) for j, order in enumerate(ORDERS)]
+
+
+@pytest.mark.parametrize(("cell", "reverse", "options"), CASES)
 def test_rnn(same_layer, cell, reverse, options):
     options = dict(options)
     lengths, unroll = options.pop("seq_lengths", None), options.pop("unroll", 1)
@@ -70,7 +74,7 @@ def test_variables_with_an_axis_of_time(same_layer):
                 self.gain[...] = self.gain[...] + 1
                 return carry, y * self.gain[...]
 
-        return lib.RNN(Cell(), state_axes={lib.BatchStat: 0, ...: lib.Carry})
+        return lib.RNN(Cell(), state_axes=lib.StateAxes({lib.BatchStat: 0, ...: lib.Carry}))
 
     same_layer(build, X)
 
@@ -88,7 +92,9 @@ def test_the_same_in_a_loop():
 
 def test_first_carries_are_drawn(lib):
     cell = lib.GRUCell(3, 4, rngs=lib.Rngs(0))
-    draws = [lib.RNN(cell)(X, initial_carry=cell.initialize_carry((2, 3), lib.Rngs(s), jax.nn.initializers.normal())) for s in (0, 1)]
+    normal = jax.nn.initializers.normal()
+    carries = [cell.initialize_carry((2, 3), lib.Rngs(seed), normal) for seed in (0, 1)]
+    draws = [lib.RNN(cell)(X, initial_carry=carry) for carry in carries]
     assert not np.allclose(*draws)
     with pytest.raises(ValueError, match="RNGs must be provided"):
         lib.RNN(cell, rngs=False)(X)
