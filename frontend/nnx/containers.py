@@ -129,9 +129,9 @@ class Sequential(Module):
         self.layers = data(List(fns))
 
     def __call__(self, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
-        """The last result."""
+        """The last result; without ``fns`` what was given: the argument, the tuple of arguments, or the dict."""
         if not self.layers:
-            raise ValueError("An empty nnx.Sequential has nothing to call.")
+            return args[0] if len(args) == 1 else args or kwargs or None
         result: Any = _MISSING
         for i, fn in enumerate(self.layers):
             if not callable(fn):
