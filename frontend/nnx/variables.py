@@ -298,14 +298,14 @@ class Variable(Generic[A]):
             raw[... if index is _MISSING else index] = self._hooked("on_set_value", value)
             return
         self._check_can_update()
-        if index is not _MISSING and isinstance(raw, jax.Array | np.ndarray):
-            value = self._with_part(raw, index, value)
-        elif index is not _MISSING:
-            raw[index] = value
-            return
         if self._class_hooks or self._var_metadata:
             value = self._hooked("on_set_value", value)
-        _set_raw(self, value)
+        if index is _MISSING:
+            _set_raw(self, value)
+        elif isinstance(raw, jax.Array | np.ndarray):
+            _set_raw(self, self._with_part(raw, index, value))
+        else:
+            raw[index] = value
 
     @staticmethod
     def _with_part(array: Any, index: Any, value: Any) -> Any:
