@@ -401,6 +401,7 @@ class Inside:
         structure_updates: bool,
         whole: bool = False,
         complete: frozenset[int] = frozenset(),
+        also: frozenset[int] = frozenset(),
         out_prefix: Any = None,
     ) -> tuple[Any, Any, Static]:
         """What became of the objects, and the function's result without objects.
@@ -411,6 +412,7 @@ class Inside:
             whole: give the updates as a list of trees like those given, with None for what is no object; otherwise as a
                 list of arrays, of those that changed.
             complete: of which trees all leaves are among the updates, changed or not (as of donated ones).
+            also: of which cells the values are among the updates, changed or not.
             out_prefix: the specification of the transform for the result.
 
         Returns:
@@ -435,7 +437,7 @@ class Inside:
             cells, changed = walk.cells, list(range(len(walk.cells)))
         else:
             leaves, cells = self.signature.leaves, self.cells
-            changed = list(range(len(cells))) if whole else self._changed(structure_updates, complete)
+            changed = list(range(len(cells))) if whole else self._changed(structure_updates, complete, also)
         if not structure_updates:
             self._check_no_alias(out)
             walk = Walk()
@@ -453,7 +455,12 @@ class Inside:
             for cell, before in zip(cells, self._values, strict=True)
         )
 
-    def _changed(self, arrays_too: bool, complete: frozenset[int]) -> list[int]:
+    def assigned(self) -> list[int]:
+        """Which of the cells hold another value than they came with."""
+        pairs = zip(self.cells, self._values, strict=True)
+        return [i for i, (cell, before) in enumerate(pairs) if cell._raw_value is not before]
+
+    def _changed(self, arrays_too: bool, complete: frozenset[int], also: frozenset[int]) -> list[int]:
         spans, owners = self.signature.leaves.spans, self.signature.owners
         kept = {
             i for (start, end), owner in zip(spans, owners, strict=True) if owner in complete for i in range(start, end)
@@ -461,7 +468,7 @@ class Inside:
         return [
             i
             for i, (cell, before) in enumerate(zip(self.cells, self._values, strict=True))
-            if i in kept or (cell._raw_value is not before and (arrays_too or isinstance(cell, Variable)))
+            if i in kept or i in also or (cell._raw_value is not before and (arrays_too or isinstance(cell, Variable)))
         ]
 
     def _changed_metadata(self) -> tuple[tuple[int, Any], ...]:
