@@ -46,6 +46,15 @@ def test_values_and_arithmetic(lib):
         v += 1
 
 
+@pytest.mark.parametrize("value", [0, jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.bfloat16), [1.0, 2.0], np.zeros(2)])
+def test_assignment_keeps_the_dtype(lib, value):
+    v = lib.Param(jnp.ones(2, jnp.float32))
+    v[...] = value
+    assert v.dtype == jnp.float32 and v.shape == (2,) and not v.get_raw_value().weak_type
+    with pytest.raises(ValueError, match="broadcast"):
+        v[...] = jnp.zeros(3)
+
+
 def test_metadata(lib):
     v = lib.Param(1, a=1)
     v.set_metadata(b=2)
