@@ -7,6 +7,7 @@ became of the objects. Outside, ``Plan.finish`` assigns that to those that were 
 
 from __future__ import annotations
 
+import itertools
 import operator
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -445,9 +446,7 @@ class Inside:
         values = [_returned(cells[i], structure_updates) for i in changed]
         updates = self.signature.updates_tree(leaves.pack(values)) if whole else values
         metadata = () if structure_updates else self._changed_metadata()
-        variables_only = all(
-            isinstance(cells[i], Variable) and x is not None for i, x in zip(changed, values, strict=True)
-        )
+        variables_only = all(isinstance(cells[i], Variable) for i in changed)
         plan = Plan(
             taken.layout, out_specs, out_leaves, tuple(changed), variables_only, leaves, whole, metadata, specs, known
         )
@@ -531,7 +530,7 @@ class Plan(NamedTuple):
         out_specs: of these.
         out_leaves: how their leaves are put into tuples.
         changed: which leaves the updates are for.
-        variables_only: whether these are all variables, and all assigned.
+        variables_only: whether these are all variables.
         leaves: how these are put into tuples, if ``whole``.
         whole: whether the updates are trees, or a list.
         metadata: which variables have other metadata, and what.
@@ -574,7 +573,7 @@ class Plan(NamedTuple):
         targets = structure.kept.get(self.changed)
         if targets is None:
             targets = structure.kept[self.changed] = [structure.cells[i] for i in self.changed]
-        if self.variables_only:
+        if self.variables_only and not any(map(operator.is_, updates, itertools.repeat(None))):
             assign_all(targets, updates)
         else:
             for cell, value in zip(targets, updates, strict=True):
