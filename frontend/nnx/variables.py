@@ -392,7 +392,7 @@ class Variable(Generic[A]):
         return np.asarray(self.get_value(), dtype=dtype)
 
     def __getitem__(self, key: Any) -> Any:
-        return self.get_value(index=key) if key is not Ellipsis or _has_parts(self._raw_value) else self.get_value()
+        return self.get_value() if key is Ellipsis else self.get_value(index=key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if key is Ellipsis and not _has_parts(self._raw_value):
