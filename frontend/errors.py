@@ -391,8 +391,8 @@ class InvalidInstanceModuleError(FlaxError):
 
     def __init__(self) -> None:
         super().__init__(
-            "Can only call init, init_with_output or apply methods on an instance: this is the module class itself. The "
-            "same goes for bind." + _wrong_right("nn.Dense.init(key, x)", "nn.Dense(features=4).init(key, x)")
+            "Can only call init, init_with_output or apply methods on an instance of the Module class, and bind too. "
+            "This is a class." + _wrong_right("nn.Dense.init(key, x)", "nn.Dense(features=4).init(key, x)")
         )
 
 
