@@ -280,3 +280,22 @@ def test_sequential(lib):
     assert lib.Sequential()() is None
     with pytest.raises(TypeError):
         lib.Sequential(3)(X)
+
+
+def test_out_sharding_on_a_mesh_with_explicit_axes(lib):
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    rows = jax.P("x")
+    with jax.sharding.set_mesh(mesh):
+        rngs, x = lib.Rngs(0), jnp.ones((2, 4))
+        embed = lib.Embed(5, 4, rngs=rngs)
+        ids = jnp.zeros(2, jnp.int32)
+        results = {
+            "Linear": lib.Linear(4, 3, rngs=rngs)(x, out_sharding=rows),
+            "LinearGeneral": lib.LinearGeneral(4, 3, rngs=rngs)(x, out_sharding=rows),
+            "Einsum": lib.Einsum("ab,bc->ac", (4, 3), rngs=rngs)(x, out_sharding=rows),
+            "Embed": embed(ids, out_sharding=rows),
+            "attend": embed.attend(x, out_sharding=rows),
+            "Dropout": lib.Dropout(0.5, rngs=rngs)(embed(ids, out_sharding=rows)),
+        }
+        for name, result in results.items():
+            assert jax.typeof(result).sharding.spec[0] == "x", name
