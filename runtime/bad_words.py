@@ -1,7 +1,7 @@
 """Words that must not be generated: which token sequences spell them, and which token may not come next.
 
-As in vLLM a word is forbidden at the beginning of a text and after a space, and only its last token is, where the
-output ends with the others.
+A word is forbidden at the beginning of a text and after a space, and only its last token is, where the output ends with
+the others. vLLM looks at the spelling after a space only if it has as many tokens; here it always counts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TokenSequences: TypeAlias = tuple[tuple[int, ...], ...]
 
 
 def spellings(words: Sequence[str], tokenizer: Tokenizer) -> TokenSequences:
-    """The token sequences of each word, with a space before it where that is another token and not one more.
+    """The token sequences of each word, and with a space before it where that is not just the space's token more.
 
     Raises `SamplingParamsError` for a word without tokens.
     """
@@ -30,7 +30,7 @@ def spellings(words: Sequence[str], tokenizer: Tokenizer) -> TokenSequences:
         if not plain:
             raise SamplingParamsError("bad_words", f"holds {word!r}, which has no tokens")
         found.append(plain)
-        if len(spaced) == len(plain) and spaced[0] != plain[0]:
+        if spaced[-len(plain) :] != plain:
             found.append(spaced)
     return tuple(dict.fromkeys(found))
 

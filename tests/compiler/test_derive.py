@@ -10,6 +10,7 @@ import pytest
 
 from distaff.compiler.pipeline import derive, derive_serve_step
 from distaff.compiler.validate import float32_products
+from distaff.frontend import nnx as distaff_nnx
 
 KERNEL = {
     "causal_where": ("causal", {}),
@@ -144,7 +145,7 @@ def _dot_shapes(step, *, tokens, rows, samples):
     return [e.outvars[0].aval.shape for e in jaxpr.jaxpr.eqns if e.primitive.name == "dot_general"]
 
 
-def test_flax_and_equinox_modules_are_served_as_they_are():
+def test_modules_are_served_as_they_are():
     nn = pytest.importorskip("flax.linen")
     nnx = pytest.importorskip("flax.nnx")
     eqx = pytest.importorskip("equinox")
@@ -162,17 +163,19 @@ def test_flax_and_equinox_modules_are_served_as_they_are():
     linen = Linen()
     variables = linen.init(jax.random.key(0), jnp.zeros((1, 5), jnp.int32))
 
-    class Object(nnx.Module):
-        def __init__(self, rngs):
-            self.embed = nnx.Embed(zoo.VOCAB, zoo.WIDTH, rngs=rngs)
-            self.attention = nnx.MultiHeadAttention(4, zoo.WIDTH, decode=False, rngs=rngs)
-            self.head = nnx.Linear(zoo.WIDTH, zoo.VOCAB, rngs=rngs)
+    def objects(nnx):
+        class Object(nnx.Module):
+            def __init__(self, rngs):
+                self.embed = nnx.Embed(zoo.VOCAB, zoo.WIDTH, rngs=rngs)
+                self.attention = nnx.MultiHeadAttention(4, zoo.WIDTH, num_kv_heads=2, decode=False, rngs=rngs)
+                self.head = nnx.Linear(zoo.WIDTH, zoo.VOCAB, rngs=rngs)
 
-        def __call__(self, tokens):
-            x = self.embed(tokens)
-            return self.head(x + self.attention(x, mask=nnx.make_causal_mask(tokens)))
+            def __call__(self, tokens):
+                x = self.embed(tokens)
+                return self.head(x + self.attention(x, mask=nnx.make_causal_mask(tokens)))
 
-    definition, state = nnx.split(Object(nnx.Rngs(0)))
+        definition, state = nnx.split(Object(nnx.Rngs(0)))
+        return lambda s, t: nnx.merge(definition, s)(t), state
 
     class Tree(eqx.Module):
         embed: eqx.nn.Embedding
@@ -194,7 +197,8 @@ def test_flax_and_equinox_modules_are_served_as_they_are():
     arrays, static = eqx.partition(tree, eqx.is_array)
     cases = {
         "linen": (linen.apply, variables),
-        "nnx": (lambda s, t: nnx.merge(definition, s)(t), state),
+        "nnx": objects(nnx),
+        "distaff's nnx": objects(distaff_nnx),
         "equinox": (lambda p, t: eqx.combine(p, static)(t), arrays),
     }
     for name, (function, params) in cases.items():

@@ -23,6 +23,8 @@ class Words:
 
     vocabulary: ClassVar = {
         " ": [8],
+        "coach": [9, 10],
+        " coach": [11],
         "years": [1],
         " years": [2],
         "old": [3, 4],
@@ -39,6 +41,7 @@ class Words:
 
 def test_words_are_forbidden_with_and_without_a_space():
     assert spellings(["years", " old", "x", "years"], Words()) == ((1,), (2,), (3, 4), (5, 4), (6,))
+    assert spellings(["coach"], Words()) == ((9, 10), (11,))
     with pytest.raises(SamplingParamsError, match="bad_words holds ' '"):
         spellings([" "], Words())
 
