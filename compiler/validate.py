@@ -30,7 +30,7 @@ _TOKENS, _ROWS = 16, 4
 
 def float32_products() -> str:
     """The format that this platform rounds the factors of float32 products to, unless jax is told otherwise."""
-    if jax.config.jax_default_matmul_precision not in (None, "default", "fastest"):
+    if jax.default_matmul_precision.value not in (None, "default", "fastest"):
         return "float32"
     return {"gpu": "tensorfloat32", "tpu": "bfloat16"}.get(jax.default_backend(), "float32")
 

@@ -11,6 +11,7 @@ from jax.nn import hard_sigmoid as hard_sigmoid
 from jax.nn import hard_silu as hard_silu
 from jax.nn import hard_swish as hard_swish
 from jax.nn import hard_tanh as hard_tanh
+from jax.nn import identity as identity
 from jax.nn import leaky_relu as leaky_relu
 from jax.nn import log_sigmoid as log_sigmoid
 from jax.nn import log_softmax as log_softmax

@@ -80,6 +80,27 @@ def distinct_axes(axes: Axes, ndim: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(axes_from_front(axes, ndim)))
 
 
+def group_axes(reduction_axes: Axes | None, ndim: int) -> tuple[int, ...]:
+    """The axes of ``GroupNorm``'s statistics, from the front; ValueError if the last one is not among them."""
+    axes = tuple(range(1, ndim)) if reduction_axes is None else distinct_axes(reduction_axes, ndim)
+    if ndim - 1 not in axes:
+        raise ValueError(
+            f"The reduction axes must include the final dimension, that of the channels: {reduction_axes}."
+        )
+    return axes
+
+
+def instance_axes(feature_axes: Axes, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of ``InstanceNorm``'s statistics and the feature axes; ValueError if the first is among the latter."""
+    features = distinct_axes(feature_axes, ndim)
+    if 0 in features:
+        raise ValueError(
+            "The channel axes cannot include the leading dimension as this is assumed to be the batch axis. "
+            f"feature_axes={feature_axes}"
+        )
+    return tuple(axis for axis in range(1, ndim) if axis not in features), features
+
+
 def normalize(
     x: Array,
     mean: Array | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ Function: TypeAlias = Callable[..., Any]
 
 
 def gru_step(
-    of_input: tuple[Array, Array, Array],
-    of_carry: tuple[Array, Array, Array],
+    of_input: Sequence[Array],
+    of_carry: Sequence[Array],
     carry: Array,
     gate_fn: Function,
     activation_fn: Function,

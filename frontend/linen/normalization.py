@@ -20,7 +20,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from distaff.frontend.layers.fields import Axes, Initializer
-from distaff.frontend.layers.normalization import Statistics, distinct_axes, normalize, number_of_groups
+from distaff.frontend.layers.normalization import (
+    Statistics,
+    distinct_axes,
+    group_axes,
+    instance_axes,
+    normalize,
+    number_of_groups,
+)
 from distaff.frontend.linen import initializers
 from distaff.frontend.linen.class_transform import compact
 from distaff.frontend.linen.dtypes import Array, Dtype
@@ -140,15 +147,10 @@ class GroupNorm(Module):
     @compact
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
         """Normalise ``x`` [batch, ..., channels]; ValueError if the groups do not divide the channels."""
-        last = x.ndim - 1
-        axes = distinct_axes((*range(1, last), last) if self.reduction_axes is None else self.reduction_axes, x.ndim)
-        if axes[-1] != last:
-            raise ValueError(
-                f"The reduction axes must include the final dimension, that of the channels: {self.reduction_axes}."
-            )
+        axes = group_axes(self.reduction_axes, x.ndim)
         groups = number_of_groups(x.shape[-1], self.num_groups, self.group_size)
         mean, var = _statistics(self, mask).of_groups(x, groups, axes)
-        return _normalize(self, x, mean, var, axes[:-1], (last,))
+        return _normalize(self, x, mean, var, axes[:-1], (x.ndim - 1,))
 
 
 class InstanceNorm(Module):
@@ -174,13 +176,7 @@ class InstanceNorm(Module):
     @compact
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
         """Normalise ``x``; ValueError if the first axis is among ``feature_axes``."""
-        feature_axes = distinct_axes(self.feature_axes, x.ndim)
-        if 0 in feature_axes:
-            raise ValueError(
-                "The channel axes cannot include the leading dimension as this is assumed to be the batch axis. "
-                f"feature_axes={self.feature_axes}"
-            )
-        axes = tuple(axis for axis in range(1, x.ndim) if axis not in feature_axes)
+        axes, feature_axes = instance_axes(self.feature_axes, x.ndim)
         mean, var = _statistics(self, mask).mean_and_variance(x, axes)
         return _normalize(self, x, mean, var, axes, feature_axes)
 

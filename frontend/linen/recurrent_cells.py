@@ -137,7 +137,7 @@ class GRUCell(_GatedCell):
         biased: dict[str, Any] = {"use_bias": True, "bias_init": self.bias_init}
         x = tuple(of_input(name=f"i{gate}", **biased)(inputs) for gate in "rzn")
         h = tuple(of_carry(name=f"h{gate}", **(biased if gate == "n" else {}))(carry) for gate in "rzn")
-        hidden = gru_step(x, h, carry, self.gate_fn, self.activation_fn)  # type: ignore[arg-type]
+        hidden = gru_step(x, h, carry, self.gate_fn, self.activation_fn)
         return hidden, hidden
 
 

@@ -180,9 +180,9 @@ def with_attributes(
 def view(
     node: A, /, *, only: Filter = ..., raise_if_not_found: bool = True, graph: bool | None = None, **kwargs: Any
 ) -> A:
-    """A copy of an object, which shares the variables, with ``set_view(**kwargs)`` called on its modules.
+    """A copy of an object, which shares the variables, with ``set_view`` called on its modules.
 
-    A module's ``set_view`` takes the settings that it knows by name and returns the others as a dict.
+    Each module's ``set_view`` is given those settings that it has arguments for.
 
     Raises:
         ValueError: no module took one of the settings.
@@ -192,7 +192,11 @@ def view(
     unused = set(kwargs)
     for path, module in list(iter_modules(copied, graph=graph)):
         if hasattr(module, "set_view") and matches(path, module):
-            unused &= set(module.set_view(**kwargs))
+            parameters = inspect.signature(module.set_view).parameters
+            takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+            taken = {name: value for name, value in kwargs.items() if takes_all or name in parameters}
+            module.set_view(**taken)
+            unused -= taken.keys()
     if unused and raise_if_not_found:
         raise ValueError(f"Unused keys found in nnx.view: {sorted(unused)}")
     return copied

@@ -1,0 +1,1 @@
+"""The layers of NNX, by the module paths of ``flax.nnx.nn``."""

@@ -1,0 +1,67 @@
+"""What is public in ``flax.nnx.nn`` is there in ours, with Flax's arguments and defaults, in their order."""
+
+import importlib
+import inspect
+import typing
+
+import pytest
+
+from distaff.frontend import nnx
+
+MODULES = "activations attention dtypes initializers linear lora normalization recurrent stochastic".split()
+ALIASES = {"Array", "Axis", "Size", "DtypeLikeInexact"}  # annotations of Flax's own
+INTERNAL = {"RNNBase"}  # a protocol for annotations
+PENDING = {"RNN", "Bidirectional"}  # wait for nnx.scan
+
+
+def public(module):
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and name not in ALIASES | INTERNAL | PENDING
+        and not inspect.ismodule(value)
+        and not isinstance(value, typing.TypeVar)
+        and (getattr(value, "__module__", None) == module.__name__ or name.startswith("default_"))
+    }
+
+
+def arguments(fn):
+    return [
+        (p.name, p.kind, None if callable(p.default) else p.default) for p in inspect.signature(fn).parameters.values()
+    ]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_names(flax_nnx, module):
+    theirs = public(importlib.import_module(f"flax.nnx.nn.{module}"))
+    ours = vars(importlib.import_module(f"distaff.frontend.nnx.nn.{module}"))
+    assert theirs and not theirs.keys() - ours.keys()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arguments(flax_nnx, module):
+    ours = importlib.import_module(f"distaff.frontend.nnx.nn.{module}")
+    for name, theirs in public(importlib.import_module(f"flax.nnx.nn.{module}")).items():
+        mine = getattr(ours, name)
+        if not inspect.isclass(theirs):
+            if inspect.isfunction(theirs):
+                assert arguments(mine) == arguments(theirs), name
+            continue
+        assert mine.__name__ == theirs.__name__
+        methods = {
+            method for method, value in vars(theirs).items() if inspect.isfunction(value) and not method.startswith("_")
+        }
+        for method in methods | ({"__init__", "__call__"} & vars(theirs).keys()):
+            assert arguments(getattr(mine, method)) == arguments(getattr(theirs, method)), f"{name}.{method}"
+
+
+def test_names_of_the_package(flax_nnx):
+    """All that ``flax.nnx`` takes from its layers, and from Linen's pooling."""
+    theirs = {
+        name
+        for name, value in vars(flax_nnx).items()
+        if getattr(value, "__module__", "").startswith(("flax.nnx.nn.", "flax.linen.pooling", "jax._src.nn.functions"))
+    }
+    assert {"Linear", "avg_pool", "relu", "LoRA"} <= theirs
+    assert not {name for name in theirs if not hasattr(nnx, name)} - PENDING
