@@ -106,7 +106,7 @@ class TransformedMethodReturnValueError(FlaxError):
 
     def __init__(self, name: object) -> None:
         super().__init__(
-            f"The transformed method {name} returned a module or a variable, which exist only inside the transform. "
+            f"Transformed module method {name} cannot return Modules or Variables: they exist only inside the transform. "
             "Return arrays (variable.value), or create the module outside and pass it in."
         )
 
@@ -301,8 +301,7 @@ class SetAttributeInModuleSetupError(FlaxError):
 
     def __init__(self) -> None:
         super().__init__(
-            "A field given at construction cannot be reassigned in setup(): modules keep what they were configured "
-            "with. Derive a new attribute."
+            "Module construction attributes are frozen: setup() cannot reassign a field. Derive a new attribute."
             + _wrong_right(
                 "def setup(self):\n    self.features = 4 * self.features",
                 "def setup(self):\n    self.hidden = 4 * self.features",
