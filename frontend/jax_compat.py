@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jax._src import core as _src_core
 from jax._src import dtypes, earray
+from jax._src.interpreters import batching as _batching
 from jax._src.interpreters import pxla
 from jax.extend import core as _core
 from jax.extend import linear_util as _linear_util
@@ -42,6 +43,11 @@ def made_by_current_trace(x: Any) -> bool:
         return False
     running = getattr(current_trace(), "_trace_ref", lambda: None)()
     return running is None or getattr(x, "_trace", running) is running
+
+
+def is_mapped(x: Any) -> bool:
+    """Whether ``x`` differs from row to row of the innermost running transform, which is a ``vmap``."""
+    return isinstance(x, _batching.BatchTracer) and x.batch_dim is not None and made_by_current_trace(x)
 
 
 def row_type(x: Any) -> Any:

@@ -17,6 +17,9 @@ from typing import Any
 GREEDY_BELOW = 1e-5
 MAX_N = 16384
 MAX_LOGIT_BIAS = 100.0
+_REFUSED = (
+    "structured_outputs", "logits_processors", "logprob_token_ids", "thinking_token_budget", "repetition_detection",
+)  # fmt: skip
 
 
 class SamplingParamsError(ValueError):
@@ -64,7 +67,7 @@ class SamplingParams:
     stop: Sequence[str] = ()
     # Tokens that end the output, besides the model's end of sequence.
     stop_token_ids: Sequence[int] = ()
-    # Refused unless empty.
+    # Words that are not generated: the last token of one is masked where the output ends with its other tokens.
     bad_words: Sequence[str] = ()
     include_stop_str_in_output: bool = False
     # Go on after the model's end of sequence.
@@ -88,6 +91,12 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     # Kept for the caller, unused here.
     extra_args: Mapping[str, Any] | None = None
+    # vLLM's, and refused unless None.
+    structured_outputs: None = None
+    logits_processors: None = None
+    logprob_token_ids: None = None
+    thinking_token_budget: None = None
+    repetition_detection: None = None
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -97,6 +106,10 @@ class SamplingParams:
             raise SamplingParamsError("n", f"is {self.n}, but greedy sampling (temperature 0) gives only one output")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise SamplingParamsError("min_tokens", f"is {self.min_tokens}, above max_tokens {self.max_tokens}")
+
+    def clone(self) -> SamplingParams:
+        """Itself, because nothing can change it."""
+        return self
 
     @property
     def is_greedy(self) -> bool:
@@ -164,8 +177,9 @@ class SamplingParams:
                 raise SamplingParamsError(name, "must hold only non-empty strings")
         if self.stop and not self.detokenize:
             raise SamplingParamsError("stop", "needs the output's text, so it cannot go with detokenize=False")
-        if self.bad_words:
-            raise SamplingParamsError("bad_words", "is not supported; use logit_bias or allowed_token_ids")
+        for name in _REFUSED:
+            if getattr(self, name) is not None:
+                raise SamplingParamsError(name, "is not supported")
 
 
 def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:

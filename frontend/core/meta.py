@@ -7,9 +7,10 @@ new axis (``vmap``, ``scan``) tell the box, so that the names stay in step with 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Generic, Self, TypeAlias, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 import jax
 
@@ -90,6 +91,26 @@ def global_mesh_defined() -> bool:
     return get_global_mesh() is not None
 
 
+def insert_axis_name(names: LogicalNames, index: int, name: AxisName) -> LogicalNames:
+    """The names of a value's axes after an axis was inserted at ``index``; missing names before it are None."""
+    padded = [*names, *(None,) * (index - len(names))]
+    padded.insert(index, name)
+    return tuple(padded)
+
+
+def drop_axis_name(names: LogicalNames, index: int, name: AxisName, what: object) -> LogicalNames:
+    """The inverse of ``insert_axis_name``.
+
+    Raises:
+        ValueError: the axis has another name; ``what`` says whose it is.
+    """
+    remaining = list(names)
+    removed = remaining.pop(index)
+    if removed != name:
+        raise ValueError(f"Axis {index} of {what} is named {removed!r}, but the transform removes {name!r}.")
+    return tuple(remaining)
+
+
 class Partitioned(struct.PyTreeNode, AxisMetadata[Any]):
     """A value with the mesh axis (or None) that each of its dimensions is split over.
 
@@ -114,17 +135,11 @@ class Partitioned(struct.PyTreeNode, AxisMetadata[Any]):
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> Self:
         """Insert the transform's axis name at ``index``."""
-        names = [*self.names, *(None,) * (index - len(self.names))]
-        names.insert(index, self._axis_name(params))
-        return self.replace(names=tuple(names))
+        return self.replace(names=insert_axis_name(self.names, index, self._axis_name(params)))
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> Self:
         """Remove the transform's axis name at ``index``."""
-        names = list(self.names)
-        removed, expected = names.pop(index), self._axis_name(params)
-        if removed != expected:
-            raise ValueError(f"Axis {index} of {self} is named {removed!r}, but the transform removes {expected!r}.")
-        return self.replace(names=tuple(names))
+        return self.replace(names=drop_axis_name(self.names, index, self._axis_name(params), self))
 
     def _axis_name(self, params: dict[Any, Any]) -> AxisName:
         if PARTITION_NAME not in params:
@@ -139,6 +154,20 @@ class Partitioned(struct.PyTreeNode, AxisMetadata[Any]):
     def get_sharding(self, mesh: jax.sharding.Mesh) -> jax.sharding.Sharding:
         """The names as a sharding on ``mesh``."""
         return jax.sharding.NamedSharding(mesh, self.get_partition_spec())
+
+    # As a variable of NNX has it: what its metadata calls each field.
+    _NNX_NAMES: ClassVar[dict[str, str]] = {"mesh": "mesh", "names": "out_sharding", "rules": "sharding_rules"}
+
+    def to_nnx_metadata(self) -> dict[str, Any]:
+        """The fields by their names in the metadata of a variable of NNX; ``value`` is among them."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {self._NNX_NAMES.get(name, name): value for name, value in fields.items()}
+
+    @classmethod
+    def from_nnx_metadata(cls, metadata: Mapping[str, Any]) -> Self:
+        """The box of a value, ``metadata["value"]``, and the metadata of a variable of NNX; the rest is dropped."""
+        names = {field.name: cls._NNX_NAMES.get(field.name, field.name) for field in dataclasses.fields(cls)}
+        return cls(**{name: metadata[nnx_name] for name, nnx_name in names.items() if nnx_name in metadata})
 
 
 def with_partitioning(

@@ -17,6 +17,7 @@ import jax
 from distaff.frontend.nnx.filters import Filter, PathParts, ordered_predicates
 from distaff.frontend.nnx.graphdef import Build, NodeDef, NodeRef, Spec, VariableDef
 from distaff.frontend.nnx.kinds import Kind, kind_of
+from distaff.frontend.nnx.origin import describe_origin
 from distaff.frontend.nnx.state import State
 from distaff.frontend.nnx.structure import ItemCell, Structure, Walk, paths_of, structure_of
 from distaff.frontend.nnx.variables import Variable
@@ -339,9 +340,9 @@ def check_aliases(structure: Structure, prefixes: Sequence[Any]) -> None:
             now = prefix_at(prefix, path, variable)
             if now != before:
                 raise ValueError(
-                    f"Inconsistent aliasing detected: the {spec.type.__name__} at {_dotted(where)} stands at "
-                    f"{_dotted(path)} as well, with the specification {before!r} there and {now!r} here. Give both the "
-                    "same, or pass the variable once."
+                    f"Inconsistent aliasing detected: the {spec.type.__name__} at {_dotted(where)}, made"
+                    f"{describe_origin(variable._origin)}, stands at {_dotted(path)} as well, with the specification "
+                    f"{before!r} there and {now!r} here. Give both the same, or pass the variable once."
                 )
         elif isinstance(spec, NodeDef) and spec.number not in seen:
             inside = seen if spec.number is None else seen | {spec.number}
@@ -400,6 +401,7 @@ class Inside:
         structure_updates: bool,
         whole: bool = False,
         complete: frozenset[int] = frozenset(),
+        also: frozenset[int] = frozenset(),
         out_prefix: Any = None,
     ) -> tuple[Any, Any, Static]:
         """What became of the objects, and the function's result without objects.
@@ -410,6 +412,7 @@ class Inside:
             whole: give the updates as a list of trees like those given, with None for what is no object; otherwise as a
                 list of arrays, of those that changed.
             complete: of which trees all leaves are among the updates, changed or not (as of donated ones).
+            also: of which cells the values are among the updates, changed or not.
             out_prefix: the specification of the transform for the result.
 
         Returns:
@@ -434,7 +437,7 @@ class Inside:
             cells, changed = walk.cells, list(range(len(walk.cells)))
         else:
             leaves, cells = self.signature.leaves, self.cells
-            changed = list(range(len(cells))) if whole else self._changed(structure_updates, complete)
+            changed = list(range(len(cells))) if whole else self._changed(structure_updates, complete, also)
         if not structure_updates:
             self._check_no_alias(out)
             walk = Walk()
@@ -452,7 +455,12 @@ class Inside:
             for cell, before in zip(cells, self._values, strict=True)
         )
 
-    def _changed(self, arrays_too: bool, complete: frozenset[int]) -> list[int]:
+    def assigned(self) -> list[int]:
+        """Which of the cells hold another value than they came with."""
+        pairs = zip(self.cells, self._values, strict=True)
+        return [i for i, (cell, before) in enumerate(pairs) if cell._raw_value is not before]
+
+    def _changed(self, arrays_too: bool, complete: frozenset[int], also: frozenset[int]) -> list[int]:
         spans, owners = self.signature.leaves.spans, self.signature.owners
         kept = {
             i for (start, end), owner in zip(spans, owners, strict=True) if owner in complete for i in range(start, end)
@@ -460,7 +468,7 @@ class Inside:
         return [
             i
             for i, (cell, before) in enumerate(zip(self.cells, self._values, strict=True))
-            if i in kept or (cell._raw_value is not before and (arrays_too or isinstance(cell, Variable)))
+            if i in kept or i in also or (cell._raw_value is not before and (arrays_too or isinstance(cell, Variable)))
         ]
 
     def _changed_metadata(self) -> tuple[tuple[int, Any], ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,10 +11,9 @@ import jax
 from distaff.frontend.nnx.filters import Filter, PathParts, to_predicate
 from distaff.frontend.nnx.graphdef import Build, GraphDef, NodeDef, graph_mode, leaves_of, nested_leaves
 from distaff.frontend.nnx.kinds import Kind, kind_of
-from distaff.frontend.nnx.pytrees import Pytree, sorted_attributes
+from distaff.frontend.nnx.pytrees import Pytree
 from distaff.frontend.nnx.state import FlatState, State, filter_flat, merge_nested, raw_dict, split_flat
 from distaff.frontend.nnx.structure import Structure, structure_of
-from distaff.frontend.nnx.traversal import iter_graph
 from distaff.frontend.nnx.variables import Variable
 
 
@@ -92,11 +92,16 @@ def merge(graphdef: Any, /, *states: Any, copy: bool = False, recreate_variables
 
     if isinstance(graphdef, GraphState):
         graphdef, states = graphdef.graphdef, (graphdef, *states)
-    leaves = _in_order(graphdef, [s.state if isinstance(s, GraphState) else s for s in states])
+    leaves = leaves_in_order(graphdef, [s.state if isinstance(s, GraphState) else s for s in states])
     return Build(iter(leaves), copy=copy, recreate=recreate_variables).make(graphdef.root)
 
 
-def _in_order(graphdef: GraphDef[Any], states: list[Any]) -> list[Any]:
+def leaves_in_order(graphdef: GraphDef[Any], states: list[Any]) -> list[Any]:
+    """The leaves of some states in the order of the definition.
+
+    Raises:
+        ValueError: they lack some, or have others.
+    """
     if len(states) == 1:
         given = states[0]
         if isinstance(given, FlatState) and given.paths == graphdef.paths:
@@ -207,41 +212,37 @@ def _set_child(node: Any, key: Any, value: Any) -> None:
 
 
 def pop(node: Any, *filters: Filter) -> Any:
-    """Remove the variables that the filters match from an object.
+    """Remove the variables that the filters match from an object; of one that stands at several places, the first.
 
     Returns:
         Their state; a tuple with one state for each filter if there are several.
 
     Raises:
-        ValueError: no filter is given.
+        ValueError: no filter is given, or a variable is an item of a plain list or tuple.
     """
     if not filters:
         raise ValueError("Expected at least one filter: say which variables to remove.")
     predicates = [to_predicate(f) for f in filters]
     groups: list[list[tuple[PathParts, Any]]] = [[] for _ in filters]
-    removed: dict[int, Any] = {}
-    doomed: list[tuple[Pytree, str]] = []
-    for path, owner, name, value in _attributes_of(node):
-        if not isinstance(value, Variable):
-            continue
-        if id(value) not in removed:
-            matched = next((i for i, matches in enumerate(predicates) if matches(path, value)), None)
-            if matched is None:
-                continue
-            removed[id(value)] = value
+    for path, value in _flat_state_of(structure_of((node,))):
+        matched = next((i for i, matches in enumerate(predicates) if matches(path, value)), None)
+        if isinstance(value, Variable) and matched is not None:
             groups[matched].append((path, value))
-        doomed.append((owner, name))
-    for owner, name in doomed:
-        delattr(owner, name)
-    states = tuple(FlatState(group, sort=False).to_nested_state() for group in groups)
+    for path, _ in itertools.chain(*groups):
+        _remove(node, path)
+    states = tuple([FlatState(group, sort=False).to_nested_state() for group in groups])
     return states if len(filters) > 1 else states[0]
 
 
-def _attributes_of(root: Any) -> Iterator[tuple[PathParts, Pytree, str, Any]]:
-    for path, node in list(iter_graph(root, graph=True)):
-        if isinstance(node, Pytree):
-            for key, name in sorted_attributes(node):
-                yield (*path, key), node, name, node.__dict__[name]
+def _remove(node: Any, path: PathParts) -> None:
+    for key in path[:-1]:
+        node = _get_child(node, key)
+    if isinstance(node, Pytree):
+        delattr(node, str(path[-1]))
+    elif isinstance(node, dict | State):
+        del node[path[-1]]
+    else:
+        raise ValueError(f"Cannot remove the variable at {path}: it is an item of a {type(node).__name__}.")
 
 
 def map(f: Any, node: Any, /, *, graph: bool | None = None, recreate_variables: bool = True) -> Any:

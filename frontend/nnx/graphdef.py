@@ -142,29 +142,38 @@ class GraphDef(Generic[Node]):
     Attributes:
         root: the definition of the root.
         num_leaves: how many variables and arrays it takes.
+        graph: whether it was made in graph mode.
+        outer: if made inside ``nnx.update_context``, pairs of a number in it and that of the same object outside.
     """
 
-    __slots__ = ("_hash", "_paths", "graph", "num_leaves", "root")
+    __slots__ = ("_hash", "_paths", "graph", "num_leaves", "outer", "root")
 
-    def __init__(self, root: Spec, num_leaves: int, graph: bool = True) -> None:
+    def __init__(
+        self, root: Spec, num_leaves: int, graph: bool = True, outer: tuple[tuple[int, int], ...] = ()
+    ) -> None:
         self.root = root
         self.num_leaves = num_leaves
         self.graph = graph
+        self.outer = outer
         self._hash: int | None = None
         self._paths: tuple[PathParts, ...] | None = None
 
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        return isinstance(other, GraphDef) and hash(self) == hash(other) and self.root == other.root
+        return (
+            isinstance(other, GraphDef)
+            and hash(self) == hash(other)
+            and (self.root, self.outer) == (other.root, other.outer)
+        )
 
     def __hash__(self) -> int:
         if self._hash is None:
-            self._hash = hash(self.root)
+            self._hash = hash((self.root, self.outer))
         return self._hash
 
     def __reduce__(self) -> Any:
-        return GraphDef, (self.root, self.num_leaves, self.graph)
+        return GraphDef, (self.root, self.num_leaves, self.graph, self.outer)
 
     def __repr__(self) -> str:
         return f"GraphDef({self.root!r}, num_leaves={self.num_leaves})"
@@ -193,17 +202,13 @@ class GraphDef(Generic[Node]):
 
         return call((self, *((state, *states))))
 
-    # Definitions hold no indices of outer objects: those are with the transforms.
-
     def with_no_outer_index(self) -> GraphDef[Node]:
-        """The same."""
-        return self
+        """The same without ``outer``."""
+        return GraphDef(self.root, self.num_leaves, self.graph)
 
-    with_same_outer_index = with_no_outer_index
-
-    def with_matching_outer_index(self, other: Any) -> GraphDef[Node]:
-        """The same."""
-        return self
+    def with_matching_outer_index(self, other: GraphDef[Any]) -> GraphDef[Node]:
+        """The same with the ``outer`` of another."""
+        return GraphDef(self.root, self.num_leaves, self.graph, other.outer)
 
 
 jax.tree_util.register_static(GraphDef)
@@ -248,8 +253,12 @@ class Build:
         self._leaves = iter(leaves)
         self._copy = copy
         self._recreate = recreate
-        self._existing = existing or {}
+        self._existing = dict(existing or {})
         self.objects: dict[int, Any] = {}
+
+    def reuse(self, existing: Mapping[int, Any]) -> None:
+        """Fill these objects, by number, instead of making new ones."""
+        self._existing.update(existing)
 
     def make_with(self, spec: Spec, leaves: Iterable[Any]) -> Any:
         """The object of another definition with the same numbering, and with leaves of its own."""
@@ -290,7 +299,7 @@ class Build:
         if existing is not None:
             variable = existing
             if value is not None:  # as for mutable arrays, which changed in place
-                existing.write(value)
+                existing.write(value._raw_value if isinstance(value, Variable) else value)
             object.__setattr__(existing, "_var_metadata", spec.metadata.value)
         elif not isinstance(value, Variable):
             variable = spec.type.from_metadata(value, spec.metadata.value or _NO_METADATA)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
+from distaff.frontend.nnx.capture import captured_store
 from distaff.frontend.nnx.filters import Filter, PathParts, to_predicate
 from distaff.frontend.nnx.graph import clone
 from distaff.frontend.nnx.pytrees import Pytree, PytreeMeta
@@ -51,7 +52,7 @@ class Module(Pytree):
         cls = _variable_type(variable_type)
         current = self._sown(cls, name)
         if current is None:
-            setattr(self, name, cls(reduce_fn(init_fn(), value)))
+            self._store(name, cls(reduce_fn(init_fn(), value)))
         else:
             current.set_value(reduce_fn(current.get_value(), value))
         return True
@@ -71,11 +72,19 @@ class Module(Pytree):
         current = self._sown(cls, name)
         if current is None:
             current = cls(jnp.zeros_like(value))
-            setattr(self, name, current)
+            self._store(name, current)
         return current.get_value() + value
 
+    def _store(self, name: str, variable: Variable[Any]) -> None:
+        store = captured_store(self)
+        if store is None:
+            setattr(self, name, variable)
+        else:
+            store[name] = variable
+
     def _sown(self, cls: type[Variable[Any]], name: str) -> Variable[Any] | None:
-        current = self.__dict__.get(name)
+        store = captured_store(self)
+        current: Any = self.__dict__.get(name) if store is None else store.get(name)
         if current is None:
             return None
         if not isinstance(current, Variable):

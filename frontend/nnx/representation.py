@@ -45,8 +45,9 @@ def _text(x: Any, indent: str, above: frozenset[int], outermost: bool = False) -
         if hasattr(x, "_length"):
             return _block(f"{type(x).__name__}([", total, [text for _, text in lines], indent, "])")
         return _block(f"{type(x).__name__}(", total, [f"{key}={text}" for key, text in lines], indent, ")")
-    if isinstance(x, State) or (outermost and isinstance(x, dict)):
-        return _block(f"{type(x).__name__}({{", "", _items(x, inner, above), indent, "})")
+    if isinstance(x, State):
+        start, end = ("{", "}") if indent else (f"{type(x).__name__}({{", "})")
+        return _block(start, "", _items(x, inner, above), indent, end)
     if isinstance(x, FlatState):
         return _block("FlatState([", "", [f"({path}, {_text(v, inner, above, True)})" for path, v in x], indent, "])")
     if isinstance(x, Mapping) and above:

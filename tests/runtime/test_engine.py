@@ -365,7 +365,7 @@ def test_refusals_change_nothing(make_engine):
     ok = GREEDY(max_tokens=2)
     engine.add_request("a", [5], ok)
     for error, words, request_id, prompt, params in [
-        (PromptError, "no tokens", "b", [], ok),
+        (PromptError, "cannot be empty", "b", [], ok),
         (PromptError, "32 tokens", "b", [5] * 32, ok),
         (PromptError, f"token id {VOCAB}", "b", [5, VOCAB], ok),
         (PromptError, "token id -1", "b", [-1], ok),

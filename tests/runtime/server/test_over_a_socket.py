@@ -42,7 +42,7 @@ def test_openais_client_chats(client):
     answer = client.chat.completions.create(model="fake", messages=[USER], logprobs=True, top_logprobs=2)
     assert answer.choices[0].message.content == "Hello, wörld!"
     assert answer.choices[0].logprobs.content[0].top_logprobs[0].token == "a"
-    assert answer.usage.prompt_tokens_details.cached_tokens == 5
+    assert answer.usage == openai.types.CompletionUsage(completion_tokens=14, prompt_tokens=20, total_tokens=34)
     stream = client.chat.completions.create(
         model="fake", messages=[USER], stream=True, stream_options={"include_usage": True}
     )
