@@ -103,8 +103,10 @@ def test_a_trained_model_is_served_unchanged(tmp_path):
         for output in engine.step():
             if output.finished:
                 served[int(output.request_id)] = list(output.outputs[0].token_ids)
+    forward = nnx.jit(lambda model, tokens: model(tokens))
     for i, prompt in enumerate(prompts):
         tokens = list(prompt)
-        for _ in range(12):
-            tokens.append(int(jnp.argmax(model(np.array([tokens], np.int32))[0, -1])))
+        for _ in range(12):  # padded behind, which a causal model does not see
+            padded = np.array([tokens + [0] * (24 - len(tokens))], np.int32)
+            tokens.append(int(jnp.argmax(forward(model, padded)[0, len(tokens) - 1])))
         assert served[i] == tokens[len(prompt) :]
