@@ -5,7 +5,7 @@ CACHE ?= .cache
 # A worker a core; a file stays with one worker, as its fixtures are expensive.
 PARALLEL ?= -n auto --dist loadfile
 
-.PHONY: demo test lint typecheck pytest smoke sanitize clean
+.PHONY: demo test lint typecheck pytest smoke sanitize aarch64 clean
 
 demo: $(VENV)/.run
 	$(PY) -m distaff.tools.demo --cache $(CACHE)
@@ -34,6 +34,14 @@ sanitize: $(VENV)/.test
 	    && $(VENV)/bin/cmake --build build/$$kind --target native_tests -j && $(VENV)/bin/ctest --test-dir build/$$kind \
 	    --output-on-failure || exit 1; \
 	done
+
+# The same for 64-bit ARM, on an emulator: Debian's g++-aarch64-linux-gnu and qemu-user.
+aarch64: $(VENV)/.test
+	$(VENV)/bin/cmake -S . -B build/$@ -DPython_EXECUTABLE=$(abspath $(PY)) -DDISTAFF_TESTS=ON \
+	  -DPython_INCLUDE_DIR=$$($(PY) -c "import sysconfig; print(sysconfig.get_path('include'))") \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$@ -DCMAKE_CXX_COMPILER=$@-linux-gnu-g++ \
+	  -DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_CROSSCOMPILING_EMULATOR=qemu-$@
+	$(VENV)/bin/cmake --build build/$@ --target native_tests && $(VENV)/bin/ctest --test-dir build/$@ --output-on-failure
 
 build/links:
 	mkdir -p $@/distaff

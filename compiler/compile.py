@@ -57,9 +57,10 @@ def compile_model(
     With ``latent_cache`` attention may cache what keys and values are computed from, where that is smaller.
     ``weight_formats`` are the number formats that weights are packed in for kernels (default: as ``params`` has them);
     those that a checkpoint holds quantised are packed as ``stored``, named by the path of their leaf in ``params`` with
-    dots between the keys. ``kv_dtype`` is that of the KV cache (default: as the model computes). What packing costs is
-    measured on ``passages``, up to four texts of token ids.
-    ``dump`` is a folder for the IR after each pass. The programs are compiled to machine code at the first start.
+    dots between the keys. ``kv_dtype`` is that of the KV cache (default: as the model computes); int8 keeps each head
+    of a token in steps of its largest value / 127. What packing and int8 caches cost is measured on ``passages``, up to
+    four texts of token ids. ``dump`` is a folder for the IR after each pass. The programs are compiled to machine code
+    at the first start.
 
     Raises the errors of `distaff.compiler.errors` if the model cannot be served token by token, `BucketError` for
     limits that contradict each other, and `OutputExistsError` unless ``output`` is new or ``force`` is set.

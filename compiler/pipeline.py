@@ -106,8 +106,9 @@ def derive_serve_step(
     weights for the kernels that read such formats; the derivation is validated before that, with the plain weights,
     and again afterwards within what the formats lose, which is measured on ``passages`` (texts of token ids, see
     `compare_on_text`). Weights that a checkpoint holds quantised can be packed as they are: ``stored`` gives them by
-    the path of their leaf in ``params``, keys joined by dots. ``kv_dtype`` is the type of the caches. ``roll_layers``
-    runs repeated layers in a loop (default: on every platform but CPUs, where it is slower).
+    the path of their leaf in ``params``, keys joined by dots. ``kv_dtype`` is the type of the caches; int8 is measured
+    on the ``passages`` too. ``roll_layers`` runs repeated layers in a loop (default: on every platform but CPUs, where
+    it is slower).
     """
     derivation = derive(
         fn, params, max_model_len=max_model_len, latent_cache=latent_cache,
@@ -121,8 +122,9 @@ def derive_serve_step(
     }
     last_only = plan.classes[plan.graph.outputs[0]] is Kind.REQUEST
     check = functools.partial(_validated, fn, params, max_model_len, page_size, last_only)
-    dtypes = {str(v.type.dtype) for n in plan.graph.nodes for v in n.outputs} | {str(kv_dtype)}
-    lowest = next((d for d in ("bfloat16", "float16") if d in dtypes), float32_products())
+    dtypes = {str(v.type.dtype) for n in plan.graph.nodes for v in n.outputs}
+    dtypes.add("int8_cache" if kv_dtype == "int8" else str(kv_dtype))
+    lowest = next((d for d in ("int8_cache", "bfloat16", "float16") if d in dtypes), float32_products())
     step, loop = _emitted(plan, rolling)
     report["validation"] = check(step, lowest)
     if weight_formats is not None:
@@ -133,9 +135,9 @@ def derive_serve_step(
         # Of weights that are as they were, only the activations are rounded: to int8.
         kinds = {"int8" if p.as_stored else p.format.kind for p in packed} | {lowest}
         report["validation_of_packed_weights"] = check(step, min(kinds, key=list(TOLERANCE).index))
-        if passages:
-            quality = compare_on_text(step, fn, params, passages, max_model_len=max_model_len, page_size=page_size)
-            report["quality_on_text"] = dataclasses.asdict(quality)
+    if passages and (weight_formats is not None or kv_dtype == "int8"):
+        quality = compare_on_text(step, fn, params, passages, max_model_len=max_model_len, page_size=page_size)
+        report["quality_on_text"] = dataclasses.asdict(quality)
     report |= {"passes": derivation.passes, "rolled_layers": loop.count if loop is not None else 0}
     return dataclasses.replace(step, report=report)
 

@@ -172,8 +172,8 @@ class ApplyScopeInvalidVariablesStructureError(FlaxError):
 
     def __init__(self, variables: object) -> None:
         super().__init__(
-            'Expect the `variables` (first argument) passed to apply() to be a dict with the structure {"params": '
-            '...}, but got a dict with an extra params layer, i.e.  {"params": {"params": ... }} .'
+            "apply() takes the collections that init returned, but got a dict with an extra params layer: "
+            '{"params": {"params": ...}}.'
             + _wrong_right(
                 "variables = model.init(key, x)\nmodel.apply({'params': variables}, x)",
                 "variables = model.init(key, x)\nmodel.apply(variables, x)",
@@ -391,8 +391,8 @@ class InvalidInstanceModuleError(FlaxError):
 
     def __init__(self) -> None:
         super().__init__(
-            "Can only call init, init_with_output or apply methods on an instance of the Module class, not the Module "
-            "class itself; bind too." + _wrong_right("nn.Dense.init(key, x)", "nn.Dense(features=4).init(key, x)")
+            "Can only call init, init_with_output or apply methods on an instance of the Module class, and bind too. "
+            "This is a class." + _wrong_right("nn.Dense.init(key, x)", "nn.Dense(features=4).init(key, x)")
         )
 
 

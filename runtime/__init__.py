@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from distaff.runtime.async_engine import AsyncEngine
     from distaff.runtime.config import EngineConfig
     from distaff.runtime.engine import Engine
-    from distaff.runtime.llm import LLM
+    from distaff.runtime.llm import LLM, TextPrompt, TokensPrompt
     from distaff.runtime.outputs import CompletionOutput, Logprob, RequestOutput
     from distaff.runtime.sampling_params import RequestOutputKind, SamplingParams
 
@@ -26,6 +26,8 @@ _MODULES = {
     "RequestOutput": "outputs",
     "RequestOutputKind": "sampling_params",
     "SamplingParams": "sampling_params",
+    "TextPrompt": "llm",
+    "TokensPrompt": "llm",
 }
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "TextPrompt",
+    "TokensPrompt",
 ]
 
 

@@ -109,6 +109,7 @@ class Completion:
             mean_inter_token_latency=None if decode is None or tokens < 2 else decode / (tokens - 1),
             n=self.group.params.n,
             max_tokens=request.sampling_params.max_tokens,
+            preemptions=request.num_preemptions,
         )
 
 

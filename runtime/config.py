@@ -14,7 +14,8 @@ class EngineConfig:
     """Settings of an `Engine`; None takes what the artifact allows at most.
 
     ``max_model_len`` limits prompt plus output of a request, in tokens; ``max_num_seqs`` the requests in one step;
-    ``max_num_batched_tokens`` the tokens in one step. ``num_pages`` or ``kv_cache_bytes`` size the KV pool.
+    ``max_num_batched_tokens`` the tokens in one step. ``num_pages`` or ``kv_cache_bytes`` size the KV pool, or else
+    ``gpu_memory_utilization``, the share (0..1] of the device's memory for it and the weights.
     ``long_prefill_token_threshold`` caps a prompt's tokens a step while others wait (0: no cap). ``max_waiting`` limits
     the queue (None: endless). ``seed`` starts the numbers that requests without a seed draw from. ``max_logprobs`` is
     the most top log-probabilities a request may ask for (-1: as many as there are tokens). With ``forbid_compiles``
@@ -27,6 +28,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     num_pages: int | None = None
     kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float | None = None
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     scheduling_policy: str = "fcfs"
@@ -42,6 +44,9 @@ class EngineConfig:
         """The limits with every None filled in; raises `EngineConfigError` naming the one that cannot be met."""
         if self.max_waiting is not None and self.max_waiting < 1:
             raise EngineConfigError(f"max_waiting is {self.max_waiting}; it must be at least 1, or None for no limit")
+        share = self.gpu_memory_utilization
+        if share is not None and not 0 < share <= 1:
+            raise EngineConfigError(f"gpu_memory_utilization is {share}; it must be above 0 and at most 1")
         return SchedulerConfig(
             max_num_seqs=_within("max_num_seqs", self.max_num_seqs, manifest.max_batch),
             max_num_batched_tokens=_within(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from distaff.compiler.artifact import TOKENIZER, Manifest
+from distaff.runtime.bad_words import spellings
 from distaff.runtime.completion import Completion, RequestGroup
 from distaff.runtime.config import EngineConfig
 from distaff.runtime.errors import DuplicateRequestError, EngineOverloadedError, TokenizerError
@@ -64,6 +65,7 @@ class Engine:
             self.manifest,
             num_pages=config.num_pages,
             kv_cache_bytes=config.kv_cache_bytes,
+            memory_share=config.gpu_memory_utilization,
             forbid_compiles=config.forbid_compiles,
             progress=config.progress,
         )
@@ -109,6 +111,11 @@ class Engine:
         return self._tokenizer
 
     @property
+    def num_pages(self) -> int:
+        """Pages of the KV pool, the null page included."""
+        return self._runner.num_pages
+
+    @property
     def generation_config(self) -> Mapping[str, Any]:
         """What ``generation_config.json`` of the model recommends; empty without one."""
         return self._tokenizer.generation_config if self._tokenizer else {}
@@ -142,8 +149,10 @@ class Engine:
         Raises `PromptError`, `SamplingParamsError`, `DuplicateRequestError` or `EngineOverloadedError`; then nothing
         has changed.
         """
+        params = params.clone()
         prompt = self._limits.check_prompt(prompt_token_ids, params)
         params = self._limits.check_params(params)
+        bad_words = spellings(params.bad_words, self._tokenizer) if self._tokenizer else ()
         if request_id in self._groups:
             raise DuplicateRequestError(f"a request with id {request_id!r} is still running; choose another id")
         self._check_room(params.n)
@@ -162,6 +171,7 @@ class Engine:
                 arrival_time=arrival,
                 priority=priority,
                 cache_salt=cache_salt,
+                bad_words=bad_words,
             )
             # Every completion draws its own numbers.
             seed = self._random.getrandbits(64) if params.seed is None else params.seed + index

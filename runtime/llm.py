@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, NotRequired, TypeAlias, TypedDict, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,11 +21,28 @@ from distaff.runtime.errors import EngineConfigError, PromptError
 from distaff.runtime.outputs import RequestOutput
 from distaff.runtime.sampling_params import RequestOutputKind, SamplingParams
 from distaff.runtime.tokenizer import Tokenizer
+from distaff.runtime.vllm_arguments import without_neutral
 
 COMPILE_ON_DEMAND = "distaff.compile_on_demand"
 
-# Text, token ids, or {"prompt": text} or {"prompt_token_ids": ids}, each with an optional "cache_salt".
-Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
+
+class TextPrompt(TypedDict):
+    """A prompt of text; prompts with equal ``cache_salt`` share the prefix cache."""
+
+    prompt: str
+    cache_salt: NotRequired[str]
+
+
+class TokensPrompt(TypedDict):
+    """A prompt of token ids; ``prompt`` is their text, where it is known."""
+
+    prompt_token_ids: Sequence[int]
+    prompt: NotRequired[str]
+    cache_salt: NotRequired[str]
+
+
+Prompt: TypeAlias = str | Sequence[int] | TextPrompt | TokensPrompt | Mapping[str, Any]
+_PROMPT_KEYS = frozenset(TextPrompt.__annotations__) | frozenset(TokensPrompt.__annotations__)
 # Names in generation_config.json and the sampling parameters that they set.
 _DEFAULTS = {
     "temperature": "temperature",
@@ -42,7 +59,8 @@ class LLM:
 
     ``model`` is an artifact folder. Anything else (a checkpoint folder, a GGUF file, a name) is compiled first, if
     distaff's tools are installed; ``dtype``, ``quantization`` (as ``compile-model --quantize``), ``block_size`` (tokens
-    a page) and ``compile_options`` are for that, and an artifact that was compiled differently is refused.
+    a page) and ``others``, compile options, are for that, and an artifact that was compiled differently is refused.
+    Of ``others`` those that vLLM has and distaff needs not (``enforce_eager``, …) are taken where they ask for nothing.
     ``tokenizer`` is a folder whose tokenizer replaces the artifact's. ``num_gpu_blocks_override`` is the number of
     pages, whatever the device. The other settings are those of `EngineConfig`. Raises `ArtifactError` if there is
     nothing that can be served, `EngineConfigError` otherwise.
@@ -65,13 +83,18 @@ class LLM:
         seed: int = 0,
         num_gpu_blocks_override: int | None = None,
         kv_cache_memory_bytes: int | None = None,
+        gpu_memory_utilization: float | None = None,
         max_logprobs: int = 20,
-        **compile_options: Any,
+        **others: Any,
     ) -> None:
+        compile_options = without_neutral(others)
         wanted = {"dtype": None if dtype == "auto" else dtype, "page_size": block_size}
         is_artifact = (Path(model) / MANIFEST).is_file()
         if is_artifact and quantization is not None:
             raise EngineConfigError(f"quantization is for a model that is compiled; {model} is an artifact already")
+        if is_artifact and compile_options:
+            names = ", ".join(compile_options)
+            raise EngineConfigError(f"{names}: LLM has no such setting for an artifact, and {model} is one")
         folder = _artifact_for(
             model,
             {
@@ -89,6 +112,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             num_pages=num_gpu_blocks_override,
             kv_cache_bytes=kv_cache_memory_bytes,
+            gpu_memory_utilization=gpu_memory_utilization,
             enable_prefix_caching=enable_prefix_caching,
             enable_chunked_prefill=enable_chunked_prefill,
             scheduling_policy=scheduling_policy,
@@ -105,16 +129,22 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
         use_tqdm: bool = True,
-        priority: Sequence[int] | None = None,
+        lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Completes the prompts; outputs come in their order.
 
         ``sampling_params`` is one for all or one for each prompt (None: the model's defaults); ``use_tqdm`` shows a
-        bar on standard error. Raises, before anything runs, what `Engine.add_request` raises.
+        bar on standard error. Raises, before anything runs, what `Engine.add_request` raises, and `EngineConfigError`
+        for a ``lora_request``.
         """
+        if lora_request is not None:
+            raise EngineConfigError("lora_request is not supported: adapters are not available yet")
         wanted = _as_list(prompts)
-        params = _one_for_each("sampling_params", sampling_params or self.get_default_sampling_params(), len(wanted))
+        chosen = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        params = _one_for_each("sampling_params", chosen, len(wanted))
         priorities = _one_for_each("priority", 0 if priority is None else priority, len(wanted))
         ids: list[str] = []
         texts: dict[str, str | None] = {}
@@ -140,6 +170,7 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        lora_request: None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -162,7 +193,11 @@ class LLM:
             )
             # The template has put in what special tokens the model wants.
             prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
-        return self.generate(prompts, sampling_params, use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets cached prompts; False, and nothing changes, while pages are in use."""
+        return self.engine.reset_prefix_cache()
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer in use; raises `TokenizerError` if there is none."""
@@ -180,12 +215,17 @@ class LLM:
             prompt = {"prompt": prompt}
         if not isinstance(prompt, Mapping):
             return None, prompt, None
-        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        given = cast(Mapping[str, Any], prompt)
+        if unknown := [key for key, value in given.items() if key not in _PROMPT_KEYS and value is not None]:
+            raise PromptError(
+                f"a prompt holds {', '.join(unknown)}, but this model takes only {', '.join(sorted(_PROMPT_KEYS))}"
+            )
+        text, token_ids = given.get("prompt"), given.get("prompt_token_ids")
         if token_ids is None:
             if not isinstance(text, str):
                 raise PromptError('a prompt needs "prompt" (text) or "prompt_token_ids"')
             token_ids = self.get_tokenizer().encode(text)
-        return text, token_ids, prompt.get("cache_salt")
+        return text, token_ids, given.get("cache_salt")
 
     def _truncated(self, token_ids: Sequence[int], keep: int) -> Sequence[int]:
         """The last ``keep`` tokens; -1 keeps as many as leave room for one more."""

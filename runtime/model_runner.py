@@ -32,9 +32,9 @@ class NoProgramError(Exception):
 class ModelRunner:
     """The programs, weights and pages of one artifact on one device; to be used from one thread.
 
-    ``num_pages`` or ``kv_cache_bytes`` size the KV pool (default: `choose_num_pages`). With ``forbid_compiles`` a
-    program that would have to be compiled outside `warm_up` raises `CompileForbiddenError`; with ``progress``
-    `warm_up` shows a bar. Raises `ArtifactError` if the artifact is damaged or for another platform, and
+    ``num_pages``, ``kv_cache_bytes`` or ``memory_share`` size the KV pool (see `choose_num_pages`). With
+    ``forbid_compiles`` a program that would have to be compiled outside `warm_up` raises `CompileForbiddenError`; with
+    ``progress`` `warm_up` shows a bar. Raises `ArtifactError` if the artifact is damaged or for another platform, and
     `MemoryTooSmallError` if the pool does not fit.
     """
 
@@ -45,6 +45,7 @@ class ModelRunner:
         *,
         num_pages: int | None = None,
         kv_cache_bytes: int | None = None,
+        memory_share: float | None = None,
         forbid_compiles: bool = False,
         progress: bool = False,
     ):
@@ -56,7 +57,11 @@ class ModelRunner:
         _check_platform(manifest)
         _check_kernels(manifest)
         self.num_pages = choose_num_pages(
-            manifest, memory_limit(self._device), num_pages=num_pages, kv_cache_bytes=kv_cache_bytes
+            manifest,
+            memory_limit(self._device),
+            num_pages=num_pages,
+            kv_cache_bytes=kv_cache_bytes,
+            memory_share=memory_share,
         )
         self.executables = ExecutableCache(self._folder / EXECUTABLES, self._device)
         self.executables.forbid_compiles = forbid_compiles

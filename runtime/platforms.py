@@ -34,13 +34,19 @@ def memory_limit(device: jax.Device) -> int:
 
 
 def choose_num_pages(
-    manifest: Manifest, memory: int, *, num_pages: int | None = None, kv_cache_bytes: int | None = None
+    manifest: Manifest,
+    memory: int,
+    *,
+    num_pages: int | None = None,
+    kv_cache_bytes: int | None = None,
+    memory_share: float | None = None,
 ) -> int:
     """The size of the KV pool in pages, null page included.
 
     An explicit ``num_pages`` or ``kv_cache_bytes`` is taken as it is; otherwise the manifest's number, bounded by a
-    share of ``memory`` (bytes) after weights, which must hold one request of the longest allowed length. Raises
-    `MemoryTooSmallError` if it does not, and ValueError if the arguments contradict each other or the programs.
+    share of ``memory`` (bytes) after weights, or by ``memory_share`` (0..1] of it less the weights. That must hold one
+    request of the longest allowed length. Raises `MemoryTooSmallError` if it does not, and ValueError if the arguments
+    contradict each other or the programs.
     """
     if num_pages is not None and kv_cache_bytes is not None:
         raise ValueError("num_pages and kv_cache_bytes both set the size of the KV pool; give one")
@@ -58,7 +64,10 @@ def choose_num_pages(
                 f"{manifest.bytes_per_page} bytes"
             )
         return num_pages
-    spare = max(0, int((memory - manifest.weight_bytes) * POOL_SHARE))
+    if memory_share is None:
+        spare = max(0, int((memory - manifest.weight_bytes) * POOL_SHARE))
+    else:
+        spare = max(0, int(memory * memory_share) - manifest.weight_bytes)
     bounded = min(manifest.num_pages, spare // manifest.bytes_per_page)
     least = manifest.num_pages if manifest.fixed_num_pages else manifest.pages_per_request + 1
     if bounded < least:

@@ -7,6 +7,7 @@ import enum
 from collections.abc import Sequence
 from typing import TypeAlias
 
+from distaff.runtime.bad_words import TokenSequences
 from distaff.runtime.kv_pool import PageTable
 from distaff.runtime.page_hash import CacheKeys, LoRAKey, MediaKey
 from distaff.runtime.sampling_params import SamplingParams
@@ -85,6 +86,8 @@ class Request:
     cache_salt: str | None = None
     lora: LoRAKey | None = None
     media: tuple[MediaKey, ...] = ()
+    # Token sequences of the words that must not be generated.
+    bad_words: TokenSequences = ()
 
     status: RequestStatus = RequestStatus.WAITING
     # The stop token id or stop string that ended it; None for the end of sequence.

@@ -26,7 +26,7 @@ class ModelLimits:
             keep = params.truncate_prompt_tokens if params.truncate_prompt_tokens > 0 else self.max_model_len - 1
             prompt = prompt[-keep:]
         if not prompt:
-            raise PromptError("the prompt has no tokens; send at least one")
+            raise PromptError("the decoder prompt cannot be empty; send at least one token")
         if len(prompt) >= self.max_model_len:
             raise PromptError(
                 f"the prompt has {len(prompt)} tokens, but this model serves at most {self.max_model_len} tokens, of "
@@ -34,14 +34,15 @@ class ModelLimits:
             )
         if min(prompt) < 0 or max(prompt) >= self.vocab_size:
             wrong = next(token_id for token_id in prompt if not 0 <= token_id < self.vocab_size)
-            raise PromptError(f"the prompt has token id {wrong}, but the vocabulary is 0 to {self.vocab_size - 1}")
+            raise PromptError(f"token id {wrong} in the prompt is out of vocabulary (0 to {self.vocab_size - 1})")
         return prompt
 
     def check_params(self, params: SamplingParams) -> SamplingParams:
         """The parameters, where -1 log-probabilities are the whole vocabulary; raises `SamplingParamsError`."""
         params.check_model(self.vocab_size, self.max_logprobs)
-        if params.stop and not self.has_tokenizer:
-            raise SamplingParamsError("stop", "needs the output's text, but this artifact has no tokenizer")
+        for name in ("stop", "bad_words"):
+            if getattr(params, name) and not self.has_tokenizer:
+                raise SamplingParamsError(name, "needs a tokenizer, and this artifact has none")
         ends = self.eos_token_ids.union(params.stop_token_ids)
         if params.min_tokens and params.allowed_token_ids is not None and ends.issuperset(params.allowed_token_ids):
             raise SamplingParamsError(

@@ -11,7 +11,7 @@ import enum
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from distaff.kernels import native, sampling
 from distaff.kernels.sampling import SamplingRows, TokenLogprobs
 from distaff.runtime import logits as device
+from distaff.runtime.bad_words import forbidden_tokens
 from distaff.runtime.logits import SamplerState
 from distaff.runtime.request import Request
 from distaff.runtime.sampling_params import SamplingParams
@@ -55,7 +56,8 @@ class Method(enum.IntEnum):
 def method_of(params: SamplingParams) -> Method:
     """The cheapest program that does what ``params`` ask for."""
     penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
-    if penalised or params.logit_bias or params.allowed_token_ids is not None or params.min_tokens:
+    masked = params.allowed_token_ids is not None or params.bad_words or params.min_tokens
+    if penalised or params.logit_bias or masked:
         return Method.STATEFUL
     return Method.GREEDY if params.is_greedy else Method.RANDOM
 
@@ -94,6 +96,7 @@ class Sampler:
         self._ints = np.zeros((max_rows + 1, 4), np.int32)
         self._ints[:, 0] = np.arange(max_rows + 1)
         self._seeds = np.zeros(max_rows + 1, np.uint64)
+        self._forbidden: dict[int, frozenset[int]] = {}  # of rows with a state: what bad words mask in it
         self._state: SamplerState | None = None
 
     def admit(self, row: int, request: Request, seed: int) -> None:
@@ -112,9 +115,21 @@ class Sampler:
         self._ints[row, 1:] = (0, p.top_k if not p.is_greedy and 0 < p.top_k < self._vocab_size else 0, p.min_tokens)
         self._seeds[row] = seed & _ALL_BITS
         if self._methods[row] == Method.STATEFUL:
-            self._state = self._program("write-row")(self._allocated(), np.int32(row), self._line(request))
+            self._forbidden[row] = forbidden_tokens(request.bad_words, request.output_token_ids)
+            self._write_line(row, request)
 
-    def _line(self, request: Request) -> SamplerState:
+    def forbid(self, row: int, request: Request) -> None:
+        """Brings the tokens that may not come next up to date, for a request with bad words."""
+        forbidden = forbidden_tokens(request.bad_words, request.output_token_ids)
+        if forbidden != self._forbidden[row]:
+            self._forbidden[row] = forbidden
+            self._write_line(row, request)
+
+    def _write_line(self, row: int, request: Request) -> None:
+        line = self._line(request, self._forbidden[row])
+        self._state = self._program("write-row")(self._allocated(), np.int32(row), line)
+
+    def _line(self, request: Request, forbidden: Collection[int]) -> SamplerState:
         """A request's line of the state."""
         params, size = request.sampling_params, self._vocab_size
         in_prompt, ends = np.zeros(size, np.bool_), np.zeros(size, np.bool_)
@@ -126,6 +141,7 @@ class Sampler:
             bias[list(params.allowed_token_ids)] = 0
         for token_id, value in (params.logit_bias or {}).items():
             bias[token_id] += value
+        bias[list(forbidden)] = -np.inf
         counts = np.bincount(np.array(request.output_token_ids, np.int64), minlength=size).astype(np.int32)
         arrays: list[Any] = [counts, in_prompt, bias, ends]
         return SamplerState(*arrays)

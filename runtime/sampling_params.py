@@ -17,6 +17,9 @@ from typing import Any
 GREEDY_BELOW = 1e-5
 MAX_N = 16384
 MAX_LOGIT_BIAS = 100.0
+_REFUSED = (
+    "structured_outputs", "logits_processors", "logprob_token_ids", "thinking_token_budget", "repetition_detection",
+)  # fmt: skip
 
 
 class SamplingParamsError(ValueError):
@@ -35,9 +38,9 @@ class RequestOutputKind(enum.Enum):
     FINAL_ONLY = 2  # nothing until the end
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class SamplingParams:
-    """Parameters of one request, immutable; use `dataclasses.replace` for another value.
+    """Parameters of a request. Assigned values are checked when a request is made of them, which keeps a copy.
 
     Sequences may be given as any sequence or None and are kept as tuples; ``stop`` may be one string. Raises
     `SamplingParamsError` with the parameter's name.
@@ -64,7 +67,7 @@ class SamplingParams:
     stop: Sequence[str] = ()
     # Tokens that end the output, besides the model's end of sequence.
     stop_token_ids: Sequence[int] = ()
-    # Refused unless empty.
+    # Words that are not generated: the last token of one is masked where the output ends with its other tokens.
     bad_words: Sequence[str] = ()
     include_stop_str_in_output: bool = False
     # Go on after the model's end of sequence.
@@ -88,6 +91,12 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     # Kept for the caller, unused here.
     extra_args: Mapping[str, Any] | None = None
+    # vLLM's, and refused unless None.
+    structured_outputs: None = None
+    logits_processors: None = None
+    logprob_token_ids: None = None
+    thinking_token_budget: None = None
+    repetition_detection: None = None
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -97,6 +106,10 @@ class SamplingParams:
             raise SamplingParamsError("n", f"is {self.n}, but greedy sampling (temperature 0) gives only one output")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise SamplingParamsError("min_tokens", f"is {self.min_tokens}, above max_tokens {self.max_tokens}")
+
+    def clone(self) -> SamplingParams:
+        """A copy, checked again."""
+        return dataclasses.replace(self)
 
     @property
     def is_greedy(self) -> bool:
@@ -118,22 +131,21 @@ class SamplingParams:
 
     def _normalise(self) -> None:
         """Brings the accepted spellings of a value to one; the rest of the class sees only that."""
-        set_value = object.__setattr__
-        set_value(self, "stop", (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop))
-        set_value(self, "bad_words", _as_tuple("bad_words", self.bad_words))
-        set_value(self, "stop_token_ids", _as_token_ids("stop_token_ids", self.stop_token_ids))
+        self.stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
+        self.bad_words = _as_tuple("bad_words", self.bad_words)
+        self.stop_token_ids = _as_token_ids("stop_token_ids", self.stop_token_ids)
         if self.allowed_token_ids is not None:
             allowed = _as_token_ids("allowed_token_ids", self.allowed_token_ids)
             if not allowed:
                 raise SamplingParamsError("allowed_token_ids", "is empty: no token could be sampled")
-            set_value(self, "allowed_token_ids", allowed)
+            self.allowed_token_ids = allowed
         if self.logit_bias is not None:
-            set_value(self, "logit_bias", _as_logit_bias(self.logit_bias))
+            self.logit_bias = _as_logit_bias(self.logit_bias)
         if self.seed == -1:
-            set_value(self, "seed", None)
+            self.seed = None
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is True:
-                set_value(self, name, 1)
+                setattr(self, name, 1)
 
     def _check_numbers(self) -> None:
         _check_int("n", self.n, 1, MAX_N)
@@ -164,8 +176,9 @@ class SamplingParams:
                 raise SamplingParamsError(name, "must hold only non-empty strings")
         if self.stop and not self.detokenize:
             raise SamplingParamsError("stop", "needs the output's text, so it cannot go with detokenize=False")
-        if self.bad_words:
-            raise SamplingParamsError("bad_words", "is not supported; use logit_bias or allowed_token_ids")
+        for name in _REFUSED:
+            if getattr(self, name) is not None:
+                raise SamplingParamsError(name, "is not supported")
 
 
 def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:

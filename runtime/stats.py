@@ -38,6 +38,7 @@ class FinishedStats:
     mean_inter_token_latency: float | None  # decode_seconds / (generation_tokens - 1)
     n: int
     max_tokens: int | None
+    preemptions: int = 0
 
 
 class StatLogger(Protocol):

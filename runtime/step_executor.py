@@ -106,6 +106,9 @@ class StepExecutor:
     def _sample(
         self, logits: jax.Array, scheduled: Sequence[ScheduledRequest], rows: Indices, result: StepResult
     ) -> None:
+        for row, s in zip(rows.tolist(), scheduled, strict=True):
+            if s.request.bad_words:
+                self._sampler.forbid(row, s.request)
         positions = np.array([s.start + s.num_tokens for s in scheduled], np.int32)
         prompts = np.array([s.request.num_prompt_tokens for s in scheduled], np.int32)
         on_device = self._sampler.sample(logits, rows, positions - prompts)
@@ -122,7 +125,7 @@ class StepExecutor:
             result.tokens[s.request.request_id] = token
             count = wanted[i]
             if logprobs is not None and count is not None:
-                result.logprobs[s.request.request_id] = self._position(logprobs, i, token, count)
+                result.logprobs[s.request.request_id] = self._position(logprobs, i, token, count, s.request)
 
     def _score(
         self,
@@ -152,21 +155,22 @@ class StepExecutor:
         for i, prompt in zip(scored, prompts, strict=True):
             request = scheduled[i].request
             top = request.sampling_params.prompt_logprobs or 0
-            entries = [self._position(values, at + j, token, top) for j, token in enumerate(prompt)]
+            entries = [self._position(values, at + j, token, top, request) for j, token in enumerate(prompt)]
             result.prompt_logprobs[request.request_id] = (int(starts[i]) + 1, entries)
             at += len(prompt)
 
-    def _position(self, values: TokenLogprobs, i: int, token: int, top: int) -> PositionLogprobs:
+    def _position(self, values: TokenLogprobs, i: int, token: int, top: int, request: Request) -> PositionLogprobs:
         """The token that is there, then the ``top`` most likely ones."""
-        result = {token: self._logprob(token, values.logprobs[i], values.ranks[i])}
+        named = request.sampling_params.detokenize
+        result = {token: self._logprob(token, values.logprobs[i], values.ranks[i], named)}
         for rank in range(top):
             candidate = int(values.top_tokens[i, rank])
             if candidate not in result:
-                result[candidate] = self._logprob(candidate, values.top_logprobs[i, rank], rank + 1)
+                result[candidate] = self._logprob(candidate, values.top_logprobs[i, rank], rank + 1, named)
         return result
 
-    def _logprob(self, token: int, logprob: jax.Array, rank: jax.Array | int) -> Logprob:
-        text = None if self._token_text is None else self._token_text(token)
+    def _logprob(self, token: int, logprob: jax.Array, rank: jax.Array | int, named: bool) -> Logprob:
+        text = self._token_text(token) if named and self._token_text is not None else None
         return Logprob(float(logprob), int(rank), text)
 
 

@@ -137,10 +137,32 @@ class Tokenizer:
         """The text of one token in the middle of a text; U+FFFD for parts of a character."""
         return self.token_bytes(token_id).decode(errors="replace")
 
+    def get_vocab(self) -> dict[str, int]:
+        """Token ids by the vocabulary's spelling, added tokens included."""
+        vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return vocabulary
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """`token_string` of each."""
+        return [self.token_string(token_id) for token_id in ids]
+
+    def info(self) -> dict[str, Any]:
+        """``tokenizer_config.json``, with the class and the added tokens also where that file does not name them."""
+        added = {
+            str(i): {"content": token.content, "special": token.special}
+            for i, token in self._backend.get_added_tokens_decoder().items()
+        }
+        return {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": added} | dict(self._config)
+
     @property
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` works without being given a template."""
         return bool(self._templates)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the template that is used by default."""
+        return self._templates.get("default")
 
     def apply_chat_template(
         self,

@@ -130,3 +130,15 @@ def check_result(result, spec: AttentionSpec, inputs: Inputs, batch: StepBatch, 
     for pool, rows, got in ((inputs.k_pages, k, k_pages), (inputs.v_pages, inputs.v, v_pages)):
         assert got.dtype == pool.dtype
         np.testing.assert_allclose(got[:, 1:], written(pool, rows, batch)[:, 1:], rtol=1e-6, atol=1e-6)
+
+
+def quantised(values: np.ndarray) -> np.ndarray:
+    """An int8 pool of these values: steps of the largest of the last axis / 127, then the step's four bytes."""
+    step = np.abs(values).max(-1, keepdims=True).astype(np.float32) / np.float32(127)
+    steps = np.rint(values / np.where(step > 0, step, 1)).astype(np.int8)
+    return np.concatenate([steps, step.view(np.int8)], -1)
+
+
+def dequantised(pool: np.ndarray) -> np.ndarray:
+    """What an int8 pool stands for."""
+    return pool[..., :-4] * np.ascontiguousarray(pool[..., -4:]).view(np.float32)

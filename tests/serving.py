@@ -79,12 +79,14 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def running(engine: FakeEngine, **settings: Any) -> Iterator[tuple[str, Server]]:
+def running(
+    engine: FakeEngine, uvicorn_settings: dict[str, Any] | None = None, **settings: Any
+) -> Iterator[tuple[str, Server]]:
     """The URL of a server, and the server; it is stopped as by a signal at the end."""
     app, config = application(engine, **settings)
     sock = bind("127.0.0.1", 0)
     address = url(sock)
-    server = Server(app, engine, config, log_level="warning")
+    server = Server(app, engine, config, log_level="warning", **(uvicorn_settings or {}))
     thread = threading.Thread(target=server.run, args=([sock],))
     thread.start()
     try:

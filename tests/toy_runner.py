@@ -85,7 +85,16 @@ class ToyRunner:
     """Has the interface of `ModelRunner`. ``executables`` is a folder for the sampler's compiled programs."""
 
     def __init__(
-        self, executables, folder, manifest, *, num_pages=None, kv_cache_bytes=None, forbid_compiles, progress
+        self,
+        executables,
+        folder,
+        manifest,
+        *,
+        num_pages=None,
+        kv_cache_bytes=None,
+        memory_share=None,
+        forbid_compiles,
+        progress,
     ):
         self._manifest = manifest
         self.num_pages = num_pages or manifest.num_pages

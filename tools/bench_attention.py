@@ -5,14 +5,15 @@
     python -m distaff.tools.bench_attention prefill --sizes 64,256 --variants xla --vary prefill_chunk=64,128,256
 
 Times are per layer and include writing the step's rows. The limit is the longer of reading the contexts' keys
-and values at the bandwidth and of its products at the peak rate (of bfloat16 where the pages hold it), both measured in
-the same run; "of limit" is that time over the fastest run's.
+and values at the bandwidth and of its products at the peak rate (of bfloat16 where the pages hold it or int8), both
+measured in the same run; "of limit" is that time over the fastest run's.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -26,17 +27,19 @@ from rich.console import Console
 from rich.table import Table
 
 from distaff.kernels import native
-from distaff.kernels.paged_attention import AttentionSpec, StepBatch, cpu, xla
-from distaff.tools.bench_matmul import multiply_case, read_case
+from distaff.kernels.paged_attention import AttentionSpec, StepBatch, cpu, pool_shape, xla
+from distaff.tools.bench_roofline import Roofline
 
 PAGE, MAX_LEN = 16, 2048
-DTYPES = {"f32": "float32", "bf16": "uint16"}
+DTYPES = {"f32": "float32", "bf16": "uint16", "int8": "int8"}
 
 
 @click.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("phase", type=click.Choice(["decode", "prefill"]))
 @click.option("--sizes", default="1,8,32,64", help="Requests of a decode step, or tokens of one prompt.")
-@click.option("--variants", default="xla,native,native-bf16", show_default=True, help="Kernels, and what pages hold.")
+@click.option(
+    "--variants", default="xla,native,native-bf16,native-int8", show_default=True, help="Kernels, and what pages hold."
+)
 @click.option("--vary", multiple=True, help="A field of XLA's Blocks and its values: decode_chunk=64,128.")
 @click.option("--contexts", default="100,600", show_default=True, help="Tokens of a decoded request: at least, below.")
 @click.option("--shape", default="9,3,64", help="Query heads, key-value heads, head size.  [default: SmolLM2-135M]")
@@ -46,13 +49,8 @@ def main(
     phase: str, sizes: str, variants: str, vary: tuple[str, ...], contexts: str, shape: str, layers: int, repeats: int
 ) -> None:
     """Measures every variant at each of ``--sizes`` and prints a table."""
-    roofline = measured_roofline() if native.available() else None
-    title = f"{phase}, {shape}, {layers} layers"
-    if roofline is not None:
-        title += "; reading {read:.1f} GB/s; f32 {f32:.0f} G/s, bf16 {bf16:.0f} G/s".format(
-            **{name: rate / 1e9 for name, rate in roofline.items()}
-        )
-    table = Table("size", "kernel", "median µs", "fastest µs", "GB/s", "GFLOP/s", "of limit", title=title)
+    roofline = Roofline() if native.available() else None
+    table = Table("size", "kernel", "median µs", "fastest µs", "GB/s", "GFLOP/s", "of limit")
     heads, kv_heads, width = map(int, shape.split(","))
     for size in map(int, sizes.split(",")):
         low, high = map(int, contexts.split(","))
@@ -61,33 +59,28 @@ def main(
         q, k, v = (rng.normal(size=(size, h, width)).astype(np.float32) for h in (heads, kv_heads, kv_heads))
         runs = {}
         for name, (attend, pages) in kernels(variants, vary).items():
-            pools = (jnp.zeros((layers, num_pages, PAGE, kv_heads, width), DTYPES[pages]) for _ in range(2))
+            row = pool_shape((kv_heads, width), DTYPES[pages])
+            pools = (jnp.zeros((layers, num_pages, PAGE, *row), DTYPES[pages]) for _ in range(2))
             runs[name] = pages, Run(functools.partial(step, attend, layers), *pools, q, k, v, batch)
-        for _, (_, run) in itertools.product(range(repeats), runs.values()):
-            run.once()
+        for _ in range(repeats):
+            if roofline is not None:
+                roofline.measure()
+            for _, run in runs.values():
+                run.once()
         for name, (pages, run) in runs.items():
             fastest = min(run.seconds) / layers
-            read = int(np.sum(batch.contexts)) * 2 * kv_heads * width * np.dtype(DTYPES[pages]).itemsize
+            read = int(np.sum(batch.contexts)) * 2 * math.prod(run.pages[0].shape[3:]) * run.pages[0].itemsize
             operations = int(np.sum(batch.positions + 1)) * 4 * heads * width
-            limit = (
-                ""
-                if roofline is None
-                else f"{max(read / roofline['read'], operations / roofline[pages]) / fastest:.2f}"
-            )
+            limit = ""
+            if roofline is not None:
+                seconds = max(read / roofline.read, operations / roofline.peaks["f32" if pages == "f32" else "bf16"])
+                limit = f"{seconds / fastest:.2f}"
             times = (f"{seconds * 1e6:.1f}" for seconds in (statistics.median(run.seconds) / layers, fastest))
             table.add_row(
                 str(size), name, *times, f"{read / fastest / 1e9:.1f}", f"{operations / fastest / 1e9:.0f}", limit
             )
+    table.title = f"{phase}, {shape}, {layers} layers; {roofline or 'no native kernels'}"
     Console(width=110).print(table)
-
-
-def measured_roofline() -> dict[str, float]:
-    """Bytes read and operations of each kind that all threads do in a second."""
-    native.register()
-    cases = {"read": read_case(), "f32": multiply_case("f32"), "bf16": multiply_case("bf16")}
-    for _, case in itertools.product(range(4), cases.values()):
-        case.once()
-    return {name: (case.bytes + case.operations) / min(case.seconds[1:]) for name, case in cases.items()}
 
 
 def kernels(names: str, vary: tuple[str, ...]) -> dict[str, tuple[Callable[..., Any], str]]:
@@ -110,13 +103,13 @@ class Run:
     def __init__(self, function: Callable[..., Any], k_pages: jax.Array, v_pages: jax.Array, *inputs: Any):
         self._compiled = jax.jit(function, donate_argnums=(0, 1)).lower(k_pages, v_pages, *inputs).compile()
         self._inputs = jax.device_put(inputs)
-        self._pages = [k_pages, v_pages]
+        self.pages = [k_pages, v_pages]
         self.seconds: list[float] = []
 
     def once(self) -> None:
         """Runs one step and notes its time."""
         started = time.perf_counter()
-        _, *self._pages = jax.block_until_ready(self._compiled(*self._pages, *self._inputs))
+        _, *self.pages = jax.block_until_ready(self._compiled(*self.pages, *self._inputs))
         self.seconds.append(time.perf_counter() - started)
 
 

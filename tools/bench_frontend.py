@@ -149,7 +149,7 @@ def train_step(nn: Any, state_type: Any, x: jax.Array, parameters: int) -> Task:
     return functools.partial(step, state_type.create(apply_fn=model.apply, params=params, tx=optax.adam(1e-3)), x)
 
 
-def plain_train_step(x: jax.Array, parameters: int) -> Task:
+def plain_train_step(x: jax.Array, parameters: int) -> functools.partial[Any]:
     """The same step on a tuple of dicts."""
     tx = optax.adam(1e-3)
 
@@ -207,6 +207,7 @@ def seconds_in_turns(tasks: dict[str, Task], repeats: int) -> dict[str, float]:
             result = task()
             times[name].append(time.perf_counter() - start)
             jax.block_until_ready(result)
+            del result  # not in the next task's time
     return {name: statistics.median(values) for name, values in times.items()}
 
 

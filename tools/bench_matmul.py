@@ -27,10 +27,10 @@ from rich.table import Table
 
 from distaff.kernels import native
 from distaff.kernels.matmul import WeightFormat, embed_rows, matmul, packed_shapes
+from distaff.tools.bench_roofline import Roofline
 
 SHAPES = "576x3072,1536x576,576x576,576x49152"
 COLD_BYTES = 128e6  # of weights in a chain, four times the last cache
-PEAK_STEPS = 16  # kPeakSteps in kernels/native/roofline.h
 Arrays: TypeAlias = tuple[jax.Array, ...]
 
 
@@ -63,7 +63,7 @@ class Case:
 def main(formats: str, shapes: str, tokens: str, activations: str, repeats: int) -> None:
     """Measures the roofline and every combination, and prints a table."""
     native.register()
-    roofline = [read_case(), *(multiply_case(kind) for kind in ("f32", "bf16", "int8"))]
+    roofline = Roofline()
     cases = [
         make_case(format, shape, int(m), activations)
         for shape in shapes.split(",")
@@ -71,15 +71,14 @@ def main(formats: str, shapes: str, tokens: str, activations: str, repeats: int)
         for m in tokens.split(",")
     ]
     for _ in range(repeats + 1):
-        for case in (*roofline, *cases):
+        roofline.measure()
+        for case in cases:
             case.once()
-    bandwidth = roofline[0].bytes / min(roofline[0].seconds[1:])
-    peaks = {case.format: case.operations / min(case.seconds[1:]) for case in roofline[1:]}
-    title = f"reading {bandwidth / 1e9:.1f} GB/s; " + ", ".join(f"{k} {v / 1e9:.0f} G/s" for k, v in peaks.items())
-    table = Table("shape", "M", "format", "median µs", "fastest µs", "GB/s", "GFLOP/s", "of limit", title=title)
+    table = Table("shape", "M", "format", "median µs", "fastest µs", "GB/s", "GFLOP/s", "of limit", title=str(roofline))
     for case in cases:
         fastest, median = min(case.seconds[1:]), statistics.median(case.seconds[1:])
-        limit = max(case.bytes / bandwidth, case.operations / peaks[product_kind(case.format, activations)])
+        peak = roofline.peaks[product_kind(case.format, activations)]
+        limit = max(case.bytes / roofline.read, case.operations / peak)
         times = (f"{seconds / case.calls * 1e6:.1f}" for seconds in (median, fastest))
         rates = (f"{case.bytes / fastest / 1e9:.1f}", f"{case.operations / fastest / 1e9:.0f}")
         table.add_row(case.shape, str(case.tokens), case.format, *times, *rates, f"{limit / fastest:.2f}")
@@ -91,26 +90,6 @@ def product_kind(format: str, activations: str) -> str:
     if format == "xla" or WeightFormat.parse(format).kind not in ("int8", "int4"):
         return "bf16" if format == "bf16" else "f32"
     return "int8" if activations == "int8" else "f32"
-
-
-def read_case() -> Case:
-    """Reads 256 MB on all threads."""
-    data = jnp.zeros(1 << 28, jnp.uint8)
-    return Case("", "read", 0, data.size, 0, lambda: _roofline(data, 0, 0))
-
-
-def multiply_case(kind: str) -> Case:
-    """Multiplies in registers on all threads."""
-    number, rounds, data = ["f32", "bf16", "int8"].index(kind), 1 << 22, jnp.zeros(1, jnp.uint8)
-    operations = rounds * PEAK_STEPS * 16 * 2 * 2**number
-    return Case(kind, "peak", 0, 0, operations, lambda: _roofline(data, number, rounds))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _roofline(data: jax.Array, kind: int, rounds: int) -> jax.Array:
-    call = jax.ffi.ffi_call("distaff_roofline", jax.ShapeDtypeStruct((1,), np.float32), has_side_effect=True)
-    result: jax.Array = call(data, kind=np.int32(kind), rounds=np.int64(rounds))
-    return result
 
 
 def make_case(name: str, shape: str, tokens: int, activations: str) -> Case:

@@ -54,7 +54,9 @@ _POSITIVE = click.IntRange(min=1)
     help="Matrices as int8, int4, q4_1 …; gguf: as the file has them; none; auto: gguf where possible, else none.",
 )  # fmt: skip
 @click.option("--quantize-tables", help="Embedding and logits likewise.  [default: int8 for int4, else as --quantize]")
-@click.option("--kv-cache-dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
+@click.option(
+    "--kv-cache-dtype", type=click.Choice(["auto", "float32", "bfloat16", "int8"]), default="auto", show_default=True
+)
 @click.option("--max-model-len", type=_POSITIVE, help="Longest request, prompt and output.  [default: up to 8192]")
 @click.option("--max-batch", type=_POSITIVE, default=64, show_default=True, help="Most requests in one step.")
 @click.option("--max-step-tokens", type=_POSITIVE, default=512, show_default=True, help="Most tokens in one step.")

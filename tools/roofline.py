@@ -67,11 +67,11 @@ def memory_bandwidth(repeats: int = 5) -> float | None:
     """Bytes a second that all cores together read from memory; None without the native kernels."""
     from distaff.kernels import native
 
-    if not native.register():
+    if not native.available():
         return None
-    from distaff.tools.bench_matmul import read_case
+    from distaff.tools.bench_roofline import Roofline
 
-    case = read_case()
-    for _ in range(repeats + 1):
-        case.once()
-    return case.bytes / min(case.seconds[1:])
+    roofline = Roofline()
+    for _ in range(repeats):
+        roofline.measure()
+    return roofline.read

@@ -10,13 +10,16 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from distaff.runtime.errors import EngineConfigError
+from distaff.runtime.vllm_arguments import NEUTRAL_ARGUMENTS, without_neutral
 
 if TYPE_CHECKING:
     import socket
@@ -86,6 +89,40 @@ class _JsonList(click.ParamType[tuple[str, ...]]):
         return tuple(entries)
 
 
+class _JsonObject(click.ParamType[Mapping[str, Any]]):
+    """A JSON object, like '{"a": 1}'."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Mapping[str, Any]:
+        try:
+            parsed = json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            parsed = None
+        if not isinstance(parsed, dict):
+            self.fail(f"{value!r} is no JSON object", param, context)
+        return parsed
+
+
+def _neutral_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds flags of vLLM's that have nothing to set here (`NEUTRAL_ARGUMENTS`), out of sight of --help."""
+
+    def check(context: click.Context, param: click.Parameter, value: Any) -> None:
+        plain = int(value) if isinstance(value, str) and value.isdecimal() else value
+        try:
+            if value is not None:
+                without_neutral({param.name or "": plain})
+        except EngineConfigError as error:
+            raise click.BadParameter(str(error), context, param) from None
+
+    for name, neutral in NEUTRAL_ARGUMENTS.items():
+        is_flag = neutral.values is None or any(value is False for value in neutral.values)
+        flag = f"--{name.replace('_', '-')}"
+        declaration = f"{flag}/--no-{flag[2:]}" if is_flag else flag
+        command = click.option(declaration, default=None, hidden=True, expose_value=False, callback=check)(command)
+    return command
+
+
 def _show_kernels(context: click.Context, _option: click.Parameter, wanted: bool) -> None:
     """Answers --show-kernels in place of serving."""
     if not wanted:
@@ -99,20 +136,33 @@ def _show_kernels(context: click.Context, _option: click.Parameter, wanted: bool
     context.exit()
 
 
-@click.command(help=_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def _with_dashes(token: str) -> str:
+    return token.replace("_", "-")  # flags may be written with underscores, as vLLM's
+
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "token_normalize_func": _with_dashes}
+
+
+@click.command(help=_HELP, context_settings=_SETTINGS)
 @click.argument("model")
 @click.option("--show-kernels", is_flag=True, is_eager=True, expose_value=False, callback=_show_kernels,
               help="Show which kernel serves which operation on this machine, and exit.")  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--uds", type=click.Path(), help="Unix socket to listen on in place of host and port.")
-@click.option("--api-key", multiple=True, envvar="DISTAFF_API_KEY", help="Key that /v1 asks for; may be repeated.")
+@click.option("--api-key", multiple=True, envvar=["DISTAFF_API_KEY", "VLLM_API_KEY"],
+              help="Key that /v1 asks for; may be repeated.")  # fmt: skip
 @click.option("--served-model-name", multiple=True, help="Name in the API; may be repeated.  [default: the model's]")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of a tokenizer in place of the model's.")
 @click.option("--chat-template", help="File with a Jinja template, or the template, in place of the model's.")
 @click.option("--trust-request-chat-template", is_flag=True, help="Take chat_template from requests.")
+@click.option("--default-chat-template-kwargs", type=_JsonObject(), default="{}",
+              help="Variables for the template that requests may override, as JSON.")  # fmt: skip
+@click.option("--response-role", default="assistant", show_default=True, help="Role of answers.")
 @click.option("--generation-config", type=click.Choice(["auto", "vllm"]), default="auto", show_default=True,
               help="Sampling defaults: the model's generation_config.json, or neutral ones.")  # fmt: skip
+@click.option("--override-generation-config", type=_JsonObject(), default="{}",
+              help="""Further defaults as JSON; {"max_new_tokens": N} also limits requests.""")  # fmt: skip
 @click.option("--dtype", default="auto", show_default=True, help="Weights, for a model that is compiled.")
 @click.option("-q", "--quantization", help="As compile-model's --quantize, for a model that is compiled.")
 @click.option("--block-size", type=_POSITIVE, help="Tokens in a KV page, for a model that is compiled.")
@@ -122,13 +172,19 @@ def _show_kernels(context: click.Context, _option: click.Parameter, wanted: bool
 @click.option("--max-waiting", type=_POSITIVE, help="Most requests in the queue; others get a 429.")
 @click.option("--num-gpu-blocks-override", type=click.IntRange(min=2), help="Pages of the KV cache.")
 @click.option("--kv-cache-memory-bytes", type=_Size(), help="Size of the KV cache.  [default: by free memory]")
+@click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1, min_open=True),
+              help="Share of the device's memory for weights and KV cache, in place of a size.")  # fmt: skip
 @click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=True, show_default=True)
 @click.option("--enable-chunked-prefill/--no-enable-chunked-prefill", default=True, show_default=True)
 @click.option("--long-prefill-token-threshold", type=click.IntRange(min=0), default=0, show_default=True,
               help="Most tokens of one prompt a step while others wait; 0: no limit.")  # fmt: skip
 @click.option("--scheduling-policy", type=click.Choice(["fcfs", "priority"]), default="fcfs", show_default=True)
-@click.option("--max-logprobs", type=click.IntRange(min=0), default=20, show_default=True)
+@click.option("--max-logprobs", type=click.IntRange(min=-1), default=20, show_default=True, help="-1: all tokens.")
 @click.option("--return-tokens-as-token-ids", is_flag=True, help="Write tokens in logprobs as token_id:<id>.")
+@click.option("--enable-prompt-tokens-details", is_flag=True, help="Tell in usage how many prompt tokens were cached.")
+@click.option("--enable-force-include-usage", is_flag=True, help="Usage in every chunk of every stream.")
+@click.option("--enable-request-id-headers", is_flag=True, help="X-Request-Id in every response.")
+@click.option("--enable-tokenizer-info-endpoint", is_flag=True, help="/tokenizer_info, which tells the chat template.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For requests without a seed of their own.")
 @click.option("--forbid-compiles", is_flag=True, help="Fail rather than compile a program that the artifact lacks.")
 @click.option("--warm-up/--no-warm-up", default=True, show_default=True, help="Prepare all programs before listening.")
@@ -136,6 +192,12 @@ def _show_kernels(context: click.Context, _option: click.Parameter, wanted: bool
 @click.option("--allowed-methods", type=_JsonList(), default='["*"]', show_default=True, help="CORS methods.")
 @click.option("--allowed-headers", type=_JsonList(), default='["*"]', show_default=True, help="CORS headers.")
 @click.option("--allow-credentials", is_flag=True, help="CORS with credentials.")
+@click.option("--ssl-keyfile", type=click.Path(exists=True, dir_okay=False), help="Key for HTTPS.")
+@click.option("--ssl-certfile", type=click.Path(exists=True, dir_okay=False), help="Certificate for HTTPS.")
+@click.option("--ssl-ca-certs", type=click.Path(exists=True, dir_okay=False), help="For client certificates.")
+@click.option("--ssl-cert-reqs", type=click.IntRange(0, 2), default=0, show_default=True,
+              help="Client certificates: 0 none, 1 optional, 2 required.")  # fmt: skip
+@click.option("--ssl-ciphers", default="TLSv1", show_default=True, help="OpenSSL's cipher list for HTTPS.")
 @click.option("--root-path", default="", help="Path under which a proxy shows the server.")
 @click.option("--max-body-bytes", type=_Size(), default="16M", show_default=True, help="Larger requests get a 413.")
 @click.option("--shutdown-timeout", type=click.FloatRange(min=0), default=15.0, show_default=True,
@@ -144,6 +206,7 @@ def _show_kernels(context: click.Context, _option: click.Parameter, wanted: bool
 @click.option("--disable-uvicorn-access-log", is_flag=True, help="No line for every HTTP request.")
 @click.option("--uvicorn-log-level", default="info", show_default=True,
               type=click.Choice(["critical", "error", "warning", "info", "debug", "trace"]))  # fmt: skip
+@_neutral_flags
 def main(model: str, **flags: Any) -> None:
     """Entry point of the command line."""
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
@@ -155,6 +218,7 @@ def main(model: str, **flags: Any) -> None:
 
         sock = bind(flags["host"], flags["port"], flags["uds"])
         template = _chat_template(flags["chat_template"])
+        _check_defaults(flags["override_generation_config"])
         folder, manifest = _artifact(model, flags)
         names = flags["served_model_name"] or tuple(dict.fromkeys((manifest.model, model)))
         engine, metrics = _engine(folder, manifest, names[0], flags)
@@ -174,6 +238,20 @@ def _chat_template(given: str | None) -> str | None:
     source = given if "{" in given else Path(given).read_text()
     ChatTemplate(source, {})
     return source
+
+
+def _check_defaults(given: Mapping[str, Any]) -> None:
+    """Refuses what --override-generation-config cannot set."""
+    from distaff.runtime.sampling_params import SamplingParams, SamplingParamsError
+
+    known = {name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+    known["max_new_tokens"] = "max_tokens"
+    if unknown := sorted(given.keys() - known.keys()):
+        raise EngineConfigError(f"--override-generation-config has {', '.join(unknown)}; it takes {', '.join(known)}")
+    try:
+        SamplingParams(**{known[name]: value for name, value in given.items()})
+    except SamplingParamsError as error:
+        raise EngineConfigError(f"--override-generation-config: {error}") from None
 
 
 def _artifact(model: str, flags: dict[str, Any]) -> tuple[Path, Manifest]:
@@ -197,8 +275,6 @@ def _artifact(model: str, flags: dict[str, Any]) -> tuple[Path, Manifest]:
 
 def _check_compiled_with(folder: Path, manifest: Manifest, options: dict[str, Any]) -> None:
     """Refuses wishes that an artifact was not compiled with."""
-    from distaff.runtime.errors import EngineConfigError
-
     if options["quantize"] is not None:
         raise EngineConfigError(f"--quantization is for a model that is compiled; {folder} is an artifact already")
     for flag, name in (("--dtype", "dtype"), ("--block-size", "page_size")):
@@ -217,7 +293,7 @@ def _engine(folder: Path, manifest: Manifest, name: str, flags: dict[str, Any]) 
     same = (
         "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_waiting", "enable_prefix_caching",
         "enable_chunked_prefill", "long_prefill_token_threshold", "scheduling_policy", "max_logprobs", "seed",
-        "forbid_compiles", "warm_up",
+        "forbid_compiles", "warm_up", "gpu_memory_utilization",
     )  # fmt: skip
     config = EngineConfig(
         num_pages=flags["num_gpu_blocks_override"],
@@ -226,7 +302,16 @@ def _engine(folder: Path, manifest: Manifest, name: str, flags: dict[str, Any]) 
         **{flag: flags[flag] for flag in same},
     )
     tokenizer = None if flags["tokenizer"] is None else Tokenizer.load(flags["tokenizer"])
-    return Engine(folder, config, tokenizer=tokenizer, stat_loggers=[metrics]), metrics
+    engine = Engine(folder, config, tokenizer=tokenizer, stat_loggers=[metrics])
+    tokens = (engine.num_pages - 1) * manifest.page_size
+    metrics.set_cache_config(
+        block_size=manifest.page_size,
+        num_gpu_blocks=engine.num_pages,
+        enable_prefix_caching=config.enable_prefix_caching,
+        kv_cache_size_tokens=tokens,
+        kv_cache_max_concurrency=round(tokens / engine.max_model_len, 2),
+    )
+    return engine, metrics
 
 
 def _serve(
@@ -242,7 +327,9 @@ def _serve(
 
     same = (
         "trust_request_chat_template", "return_tokens_as_token_ids", "enable_log_requests", "allowed_origins",
-        "allowed_methods", "allowed_headers", "allow_credentials", "root_path", "max_body_bytes",
+        "allowed_methods", "allowed_headers", "allow_credentials", "root_path", "max_body_bytes", "response_role",
+        "default_chat_template_kwargs", "override_generation_config", "enable_prompt_tokens_details",
+        "enable_force_include_usage", "enable_request_id_headers", "enable_tokenizer_info_endpoint",
     )  # fmt: skip
     config = ServerConfig(
         served_model_names=names,
@@ -261,6 +348,7 @@ def _serve(
         [sock],
         log_level=flags["uvicorn_log_level"],
         access_log=not flags["disable_uvicorn_access_log"],
+        **{flag: value for flag, value in flags.items() if flag.startswith("ssl_")},
     )
 
 
@@ -285,7 +373,7 @@ def _expected_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exceptio
     from distaff.frontend.loading import CheckpointError
     from distaff.frontend.models import ConfigError
     from distaff.kernels.matmul import WeightFormatError
-    from distaff.runtime.errors import ChatTemplateError, EngineConfigError, TokenizerError
+    from distaff.runtime.errors import ChatTemplateError, TokenizerError
     from distaff.runtime.executables import CompileForbiddenError
     from distaff.runtime.platforms import MemoryTooSmallError
     from distaff.tools.compile_on_demand import NothingStoredError

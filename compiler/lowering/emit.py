@@ -23,7 +23,7 @@ from distaff.compiler.passes.serve import ServePlan, Slot
 from distaff.compiler.serve_step import StepFunction
 from distaff.kernels.matmul import embed_rows, matmul
 from distaff.kernels.matmul.operation import ACTIVATIONS
-from distaff.kernels.paged_attention import StepBatch, paged_attention, read_context, write_pages
+from distaff.kernels.paged_attention import StepBatch, paged_attention, read_context, row_shape, write_pages
 
 _ROW_BLOCK = 8  # tokens of a row program that are evaluated together
 
@@ -232,7 +232,7 @@ class _Body(Evaluator):
             if axis == KEY:
                 caches[i] = next(slots)
                 cache, _ = caches[i]
-                self.write(caches[i], self.rows(value).reshape(-1, *self.pages[cache].shape[3:]))
+                self.write(caches[i], self.rows(value).reshape(-1, *row_shape(self.pages[cache])))
             else:
                 queries[i] = jnp.moveaxis(self[value], value.type.token_dims[0], 0)
         pages = self.pages
@@ -249,7 +249,8 @@ class _Body(Evaluator):
                 inner = region.body.inputs[i]
                 length = context.shape[0]
                 per_token = inner.type.per_token()
-                known[id(inner)] = jnp.moveaxis(context.reshape(length, *per_token), 0, inner.type.token_dims[0])
+                rows_of = context.reshape(length, *per_token).astype(inner.type.dtype)
+                known[id(inner)] = jnp.moveaxis(rows_of, 0, inner.type.token_dims[0])
             evaluator = Evaluator(
                 {QUERY: 1, KEY: length}, {QUERY: position[None], KEY: jnp.arange(length, dtype=jnp.int32)}, known
             )

@@ -18,6 +18,7 @@ from distaff.compiler.errors import ModelSignatureError
 from distaff.compiler.ir import ATTENTION, ROW_PROGRAM, Graph, Node, Value
 from distaff.compiler.ir.graph import ancestors
 from distaff.compiler.ir.types import KEY
+from distaff.kernels.paged_attention import pool_shape
 
 Slot = tuple[int, int]  # (cache, layer)
 
@@ -43,7 +44,8 @@ class ServePlan:
 def plan_serving(graph: Graph, classes: TokenClasses, *, kv_dtype: str | None = None) -> ServePlan:
     """Plans the step of a graph whose attention has been raised; raises `ModelSignatureError` for wrong outputs.
 
-    ``kv_dtype`` is the floating point type that caches are kept in (default: that of the values themselves).
+    ``kv_dtype`` is the floating point type that caches are kept in, or int8 to quantise them (default: that of the
+    values themselves).
     """
     vocab_size = _vocab_size(graph, classes)
     attentions = [n for n in graph.nodes if n.op in (ATTENTION, ROW_PROGRAM)]
@@ -100,7 +102,7 @@ def _assign_caches(
         for row in group:
             number = sum(c.name.rstrip("0123456789") == row.role for c in caches)
             name = row.role if roles.count(row.role) == 1 else f"{row.role}{number}"
-            caches.append(CacheSpec(name, len(seen), row.shape, row.dtype, widest))
+            caches.append(CacheSpec(name, len(seen), pool_shape(row.shape, row.dtype), row.dtype, widest))
     slots = {
         node: tuple((first[group] + i, layer) for i in range(len(group))) for node, (group, layer) in places.items()
     }
@@ -135,6 +137,8 @@ def _storage(value: Value, kv_dtype: str | None) -> str:
     dtype = str(value.type.dtype)
     if kv_dtype is not None and "float" in dtype:
         dtype = kv_dtype
+    elif dtype == "int8":
+        dtype = "int16"  # pools of int8 are quantised
     return "uint16" if dtype == "bfloat16" and jax.default_backend() == "cpu" else dtype
 
 

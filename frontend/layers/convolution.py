@@ -28,8 +28,8 @@ def canonicalize_padding(padding: Padding, rank: int) -> LaxPadding:
     pairs = [(pad, pad) if isinstance(pad, int) else pad for pad in pads]
     if len(pairs) != rank or any(not isinstance(pair, tuple | list) or len(pair) != 2 for pair in pairs):
         raise ValueError(
-            f"Invalid padding format: {padding}, should be str, int, or a sequence of len {rank} where each element is "
-            "an int or pair of ints."
+            f"Invalid padding format: {padding}. Give a name such as 'SAME', one int, or for each of {rank} axes one "
+            "or a pair (low, high)."
         )
     return [(low, high) for low, high in pairs]
 

@@ -109,6 +109,8 @@ from distaff.frontend.nnx.nn.normalization import LayerNorm as LayerNorm
 from distaff.frontend.nnx.nn.normalization import RMSNorm as RMSNorm
 from distaff.frontend.nnx.nn.normalization import SpectralNorm as SpectralNorm
 from distaff.frontend.nnx.nn.normalization import WeightNorm as WeightNorm
+from distaff.frontend.nnx.nn.recurrent import RNN as RNN
+from distaff.frontend.nnx.nn.recurrent import Bidirectional as Bidirectional
 from distaff.frontend.nnx.nn.recurrent import GRUCell as GRUCell
 from distaff.frontend.nnx.nn.recurrent import LSTMCell as LSTMCell
 from distaff.frontend.nnx.nn.recurrent import OptimizedLSTMCell as OptimizedLSTMCell

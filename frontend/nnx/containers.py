@@ -10,7 +10,6 @@ from distaff.frontend.nnx.module import Module
 from distaff.frontend.nnx.pytrees import STATUSES, data
 
 A = TypeVar("A")
-_MISSING: Any = object()
 
 
 class List(Module, MutableSequence[A], Generic[A]):
@@ -81,6 +80,11 @@ class List(Module, MutableSequence[A], Generic[A]):
     def __len__(self) -> int:
         return self._length
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, List) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
 
 class Dict(Module, MutableMapping[str, A], Generic[A]):
     """A dict that is a module; its items are attributes.
@@ -115,8 +119,7 @@ class Dict(Module, MutableMapping[str, A], Generic[A]):
     def __len__(self) -> int:
         return len(self.__dict__) - (STATUSES in self.__dict__)
 
-    __hash__ = Module.__hash__
-    __eq__ = Module.__eq__
+    __hash__ = Module.__hash__  # equality is that of mappings
 
 
 class Sequential(Module):
@@ -129,10 +132,8 @@ class Sequential(Module):
         self.layers = data(List(fns))
 
     def __call__(self, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
-        """The last result."""
-        if not self.layers:
-            raise ValueError("An empty nnx.Sequential has nothing to call.")
-        result: Any = _MISSING
+        """The last result; without layers what was given: the argument, the tuple of arguments, or the dict."""
+        result: Any = args[0] if len(args) == 1 else args or kwargs or None
         for i, fn in enumerate(self.layers):
             if not callable(fn):
                 raise TypeError(f"Layer {i} of nnx.Sequential cannot be called: {fn!r}.")

@@ -7,6 +7,7 @@ became of the objects. Outside, ``Plan.finish`` assigns that to those that were 
 
 from __future__ import annotations
 
+import itertools
 import operator
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ from distaff.frontend.nnx.kinds import Kind, kind_of
 from distaff.frontend.nnx.origin import describe_origin
 from distaff.frontend.nnx.state import State
 from distaff.frontend.nnx.structure import ItemCell, Structure, Walk, paths_of, structure_of
-from distaff.frontend.nnx.variables import Variable
+from distaff.frontend.nnx.variables import Variable, assign_all
 
 
 class PrefixMapping:
@@ -445,7 +446,10 @@ class Inside:
         values = [_returned(cells[i], structure_updates) for i in changed]
         updates = self.signature.updates_tree(leaves.pack(values)) if whole else values
         metadata = () if structure_updates else self._changed_metadata()
-        plan = Plan(taken.layout, out_specs, out_leaves, tuple(changed), leaves, whole, metadata, specs, known)
+        variables_only = all(isinstance(cells[i], Variable) for i in changed)
+        plan = Plan(
+            taken.layout, out_specs, out_leaves, tuple(changed), variables_only, leaves, whole, metadata, specs, known
+        )
         return updates, pure_out, Static(plan)
 
     def _items_are_same(self, cells: Sequence[Any], all_returned: bool) -> bool:
@@ -526,6 +530,7 @@ class Plan(NamedTuple):
         out_specs: of these.
         out_leaves: how their leaves are put into tuples.
         changed: which leaves the updates are for.
+        variables_only: whether these are all variables.
         leaves: how these are put into tuples, if ``whole``.
         whole: whether the updates are trees, or a list.
         metadata: which variables have other metadata, and what.
@@ -537,6 +542,7 @@ class Plan(NamedTuple):
     out_specs: tuple[Spec, ...]
     out_leaves: Leaves
     changed: tuple[int, ...]
+    variables_only: bool
     leaves: Leaves
     whole: bool
     metadata: tuple[tuple[int, Any], ...]
@@ -549,13 +555,7 @@ class Plan(NamedTuple):
             _, packed = outside.signature.split_trees(updates)
             updates = self.leaves.unpack(packed)
         if self.known is None:
-            cells = outside.structure.cells
-            for i, value in zip(self.changed, updates, strict=True):
-                if value is not None:
-                    cells[i].write(value)
-            for i, metadata in self.metadata:
-                variable: Any = cells[i]
-                variable.set_metadata(metadata)
+            self._assign(outside.structure, updates)
             if self.layout is None:
                 return out
         build = Build()
@@ -568,6 +568,20 @@ class Plan(NamedTuple):
             for spec in self.specs:
                 build.make_with(spec, remaining)
         return self._result(build, out)
+
+    def _assign(self, structure: Structure, updates: Sequence[Any]) -> None:
+        targets = structure.kept.get(self.changed)
+        if targets is None:
+            targets = structure.kept[self.changed] = [structure.cells[i] for i in self.changed]
+        if self.variables_only and not any(map(operator.is_, updates, itertools.repeat(None))):
+            assign_all(targets, updates)
+        else:
+            for cell, value in zip(targets, updates, strict=True):
+                if value is not None:
+                    cell.write(value)
+        for i, metadata in self.metadata:
+            variable: Any = structure.cells[i]
+            variable.set_metadata(metadata)
 
     def _result(self, build: Build, out: Any) -> Any:
         if self.layout is None:

@@ -178,15 +178,27 @@ class RngStream(_Draws, Pytree):
         Raises:
             ValueError: the stream holds an array of keys; map over it with ``vmap`` or ``scan`` first.
         """
-        key, count = self.key[...], self.count[...]
+        drawn = jax.random.fold_in(self._one_key(), self.count[...])
+        self.count[...] += 1
+        return drawn
+
+    def skip(self) -> None:
+        """Count on as if a key had been drawn, without the cost of that: for initialisers that do not use it.
+
+        Raises:
+            ValueError: as when a key is drawn.
+        """
+        self._one_key()
+        self.count[...] += 1
+
+    def _one_key(self) -> jax.Array:
+        key: jax.Array = self.key[...]
         if key.shape:
             raise ValueError(
                 f"The stream {self.tag!r} holds keys of shape {key.shape}, so it can't give one. Draw inside the vmap "
                 "or scan that the keys were split for (with axis 0 for the stream), or draw before splitting."
             )
-        drawn = jax.random.fold_in(key, count)
-        self.count[...] = count + 1
-        return drawn
+        return key
 
     def _from(self, key: jax.Array) -> RngStream:
         return type(self)(key, tag=self.tag)

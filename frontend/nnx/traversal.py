@@ -27,7 +27,7 @@ def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Pat
     In graph mode static attributes are among them.
 
     Raises:
-        ValueError: in tree mode, a node contains itself.
+        ValueError: in tree mode, a node contains itself or a variable stands at two places.
     """
     graph = graph_mode(graph)
     seen: set[int] = set()
@@ -36,8 +36,11 @@ def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Pat
         if isinstance(x, Pytree | Variable):
             if graph and id(x) in seen:
                 return
-            if not graph and id(x) in above:
-                raise ValueError(f"The {type(x).__name__} at {path} contains itself, which only graph mode allows.")
+            if not graph and (id(x) in above or (isinstance(x, Variable) and id(x) in seen)):
+                raise ValueError(
+                    f"Duplicate {type(x).__name__} found at {path}: in tree mode a variable may stand at one place "
+                    "only, and no node inside itself. Use graph mode: graph=True."
+                )
             seen.add(id(x))
         for key, child in _children(x, graph):
             yield from walk(child, (*path, key), (*above, id(x)) if not graph else above)

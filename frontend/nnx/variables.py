@@ -7,6 +7,7 @@ outer ones afterwards.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -298,20 +299,14 @@ class Variable(Generic[A]):
             raw[... if index is _MISSING else index] = self._hooked("on_set_value", value)
             return
         self._check_can_update()
-        if index is not _MISSING and isinstance(raw, jax.Array | np.ndarray):
-            value = self._with_part(raw, index, value)
-        elif index is not _MISSING:
-            raw[index] = value
-            return
         if self._class_hooks or self._var_metadata:
             value = self._hooked("on_set_value", value)
-        _set_raw(self, value)
-
-    @staticmethod
-    def _with_part(array: Any, index: Any, value: Any) -> Any:
-        if index is Ellipsis and jax.numpy.shape(value) == array.shape and isinstance(value, jax.Array):
-            return value
-        return jax.numpy.asarray(array).at[index].set(value)
+        if index is _MISSING:
+            _set_raw(self, value)
+        elif isinstance(raw, jax.Array):
+            _set_raw(self, _with_part(raw, index, value))
+        else:
+            raw[index] = value
 
     value = property(lambda self: self.get_value(), lambda self, value: self.set_value(value))
 
@@ -392,7 +387,7 @@ class Variable(Generic[A]):
         return np.asarray(self.get_value(), dtype=dtype)
 
     def __getitem__(self, key: Any) -> Any:
-        return self.get_value(index=key) if key is not Ellipsis or _has_parts(self._raw_value) else self.get_value()
+        return self.get_value() if key is Ellipsis else self.get_value(index=key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if key is Ellipsis and not _has_parts(self._raw_value):
@@ -436,12 +431,25 @@ _set_metadata = Variable.__dict__["_var_metadata"].__set__
 _ASSIGNABLE = frozenset({"value", "raw_value", *Variable.__slots__})
 
 
+def assign_all(variables: Iterable[Variable[Any]], values: Iterable[Any]) -> None:
+    """Store values in variables, without hooks or checks; as ``write`` does, but many at once."""
+    collections.deque(map(_set_raw, variables, values), maxlen=0)
+
+
 def _as_tuple(hooks: Any) -> Sequence[Callable[..., Any]]:
     return hooks if isinstance(hooks, tuple | list) else (hooks,)
 
 
 def _has_parts(raw: Any) -> bool:
     return isinstance(raw, jax.Array | np.ndarray | jax.Ref)
+
+
+def _with_part(array: jax.Array, index: Any, value: Any) -> jax.Array:
+    """The array with a part replaced; its dtype stays."""
+    whole = index is Ellipsis and isinstance(value, jax.Array) and value.shape == array.shape
+    if whole and value.dtype == array.dtype and not getattr(value, "weak_type", False):
+        return value  # type: ignore[no-any-return]
+    return array.at[index].set(value)
 
 
 def _with_current_names(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -167,10 +167,10 @@ class PanelFormat(WeightFormat):
 def read_name(name: str) -> PanelFormat | None:
     """Names as `PanelFormat.name` writes them, the kinds, and GGUF's Q8_0, Q4_0, Q4_1.
 
-    int8 and int4 alone are in groups of 32.
+    int8 and int4 alone are in groups of 32, int4 with offsets: 16 values are too few to spend half on one sign.
     """
     if name in ("int8", "int4"):
-        return PanelFormat(name, 32)
+        return PanelFormat(name, 32, offsets=name == "int4")
     if name == "int8-channel":
         return PanelFormat("int8")
     if name.lower() in _GGUF:

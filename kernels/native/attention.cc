@@ -26,9 +26,11 @@ std::string shape(const Buffer& buffer) {
   return text + "]";
 }
 
-std::optional<Storage> storage_of(ffi::DataType type) {
+std::optional<Storage> storage_of(const Buffer& buffer) {
+  const ffi::DataType type = buffer.element_type();
   if (type == ffi::F32) return Storage::kFloat32;
   if (type == ffi::BF16 || type == ffi::U16) return Storage::kBfloat16;
+  if (type == ffi::S8) return Storage::kInt8;
   return std::nullopt;
 }
 
@@ -76,16 +78,18 @@ ffi::Error run(ffi::ThreadPool pool, Buffer q, Buffer k, const Buffer* v, Buffer
                Buffer layer, Buffer positions, Buffer slots, Buffer starts, Buffer tables, Buffer slopes, Buffer sinks,
                Buffer cosines, Buffer sines, Options options, Buffer output, Buffer new_k, const Buffer* new_v) {
   const Timed timed(timer);
-  const auto keys = k_pages.dimensions(), queries = q.dimensions();
-  if (queries.size() != 3 || keys.size() != 5 || tables.dimensions().size() != 2 || starts.element_count() < 1) {
+  const Buffer& value_pages = v_pages == nullptr ? k_pages : *v_pages;
+  const auto keys = k_pages.dimensions(), values = value_pages.dimensions(), queries = q.dimensions();
+  if (queries.size() != 3 || keys.size() != 5 || values.size() != 5 || tables.dimensions().size() != 2 || starts.element_count() < 1) {
     return bad("q" + shape(q) + ", k_pages" + shape(k_pages) + ", tables" + shape(tables) + " have wrong ranks");
   }
-  const Buffer& value_pages = v_pages == nullptr ? k_pages : *v_pages;
-  const auto values = value_pages.dimensions();
-  const auto q_type = storage_of(q.element_type()), k_type = storage_of(k.element_type()),
-             v_type = storage_of((v == nullptr ? k : *v).element_type()), keys_type = storage_of(k_pages.element_type()),
-             values_type = storage_of(value_pages.element_type());
-  if (!q_type || !k_type || !v_type || !keys_type || !values_type) return bad("only float32 and bfloat16 are served");
+  const auto q_type = storage_of(q), k_type = storage_of(k), v_type = storage_of(v == nullptr ? k : *v),
+             keys_type = storage_of(k_pages), values_type = storage_of(value_pages);
+  if (!q_type || !k_type || !v_type || !keys_type || !values_type) {
+    return bad("only float32 and bfloat16 are served, and int8 in pools");
+  }
+  if (q_type == Storage::kInt8 || k_type == Storage::kInt8 || v_type == Storage::kInt8) return bad("rows in int8");
+  if ((keys_type == Storage::kInt8) != (values_type == Storage::kInt8)) return bad("one pool alone is int8");
   Call call{};
   call.tokens = queries[0];
   call.requests = static_cast<int64_t>(starts.element_count()) - 1;
@@ -93,12 +97,17 @@ ffi::Error run(ffi::ThreadPool pool, Buffer q, Buffer k, const Buffer* v, Buffer
   call.kv_heads = static_cast<int>(keys[3]);
   call.page_size = static_cast<int>(keys[2]);
   call.pages_per_request = tables.dimensions()[1];
+  const int64_t beside = keys_type == Storage::kInt8 ? 4 : 0;  // bytes after a head's values
+  const int64_t key_size = keys[4] - beside, value_size = values.back() - beside;
+  if (key_size < 1 || value_size < 1 || key_size > kMostValues || value_size > kMostValues) {
+    return bad("heads of 1 to " + std::to_string(kMostValues) + " values are served");
+  }
   const int64_t rows = call.tokens * call.kv_heads, pool_rows = keys[1] * keys[2] * keys[3];
-  const bool fits = values.size() == 5 && values[0] == keys[0] && values[1] == keys[1] && values[2] == keys[2] &&
-                    values[3] == keys[3] && queries[2] == keys[4] && call.kv_heads > 0 && call.page_size > 0 &&
-                    call.heads % call.kv_heads == 0 && static_cast<int64_t>(k.element_count()) == rows * keys[4] &&
-                    (v == nullptr || static_cast<int64_t>(v->element_count()) == rows * values[4]) &&
-                    static_cast<int64_t>(output.element_count()) == call.tokens * call.heads * values[4] &&
+  const bool fits = values[0] == keys[0] && values[1] == keys[1] && values[2] == keys[2] &&
+                    values[3] == keys[3] && queries[2] == key_size && call.kv_heads > 0 && call.page_size > 0 &&
+                    call.heads % call.kv_heads == 0 && static_cast<int64_t>(k.element_count()) == rows * key_size &&
+                    (v == nullptr || static_cast<int64_t>(v->element_count()) == rows * value_size) &&
+                    static_cast<int64_t>(output.element_count()) == call.tokens * call.heads * value_size &&
                     static_cast<int64_t>(positions.element_count()) >= call.tokens &&
                     static_cast<int64_t>(slots.element_count()) >= call.tokens &&
                     tables.dimensions()[0] == call.requests && layer.element_count() == 1;
@@ -110,8 +119,9 @@ ffi::Error run(ffi::ThreadPool pool, Buffer q, Buffer k, const Buffer* v, Buffer
     return bad("the pools are not updated in place");
   }
   const auto at_layer = [&](Buffer pages, Storage storage, int64_t size) {
-    const int64_t bytes = index * pool_rows * size * (storage == Storage::kFloat32 ? 4 : 2);
-    return Pool{static_cast<char*>(pages.untyped_data()) + bytes, storage, static_cast<int>(size)};
+    Pool pool{pages.untyped_data(), storage, static_cast<int>(size)};
+    pool.data = static_cast<char*>(pool.data) + index * pool_rows * pool.head_bytes();
+    return pool;
   };
   call.positions = positions.typed_data<int32_t>();
   call.slots = slots.typed_data<int32_t>();
@@ -120,8 +130,8 @@ ffi::Error run(ffi::ThreadPool pool, Buffer q, Buffer k, const Buffer* v, Buffer
   call.q = {q.untyped_data(), *q_type};
   call.k = {k.untyped_data(), *k_type};
   call.v = {v == nullptr ? nullptr : v->untyped_data(), *v_type};
-  call.keys = at_layer(k_pages, *keys_type, keys[4]);
-  call.values = at_layer(value_pages, *values_type, values[4]);
+  call.keys = at_layer(k_pages, *keys_type, key_size);
+  call.values = at_layer(value_pages, *values_type, value_size);
   call.output = output.untyped_data();
   call.scale = options.scale;
   call.softcap = options.softcap;
@@ -136,14 +146,14 @@ ffi::Error run(ffi::ThreadPool pool, Buffer q, Buffer k, const Buffer* v, Buffer
     if (cosines.dimensions().size() != 2) return bad("rotary tables" + shape(cosines) + " are not [P, size]");
     table_positions = cosines.dimensions()[0];
     call.rotary_size = static_cast<int>(cosines.dimensions()[1]);
-    if (call.rotary_size > keys[4] || keys[4] > kMostTurned) return bad("rotary tables" + shape(cosines) + " too wide");
+    if (call.rotary_size > key_size) return bad("rotary tables" + shape(cosines) + " are too wide");
     if (sines.element_count() != cosines.element_count()) return bad("the rotary tables differ in size");
   }
   if (std::string wrong = wrong_index(call, keys[1], table_positions); !wrong.empty()) return bad(wrong);
 
   Threads threads(pool);
   attend(call, kernels_of(cpu_level()), threads);
-  const int64_t live = call.starts[call.requests], width = call.heads * values[4] * (*q_type == Storage::kFloat32 ? 4 : 2);
+  const int64_t live = call.starts[call.requests], width = call.heads * value_size * (*q_type == Storage::kFloat32 ? 4 : 2);
   std::memset(static_cast<char*>(call.output) + live * width, 0, (call.tokens - live) * width);
   return ffi::Error::Success();
 }

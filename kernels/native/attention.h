@@ -7,11 +7,12 @@
 // and merged (Flash-Decoding, Dao et al. 2023).
 #pragma once
 
-#include <stdint.h>
+#include "level.h"
 
 namespace distaff::attention {
 
-enum class Storage { kFloat32, kBfloat16 };  // bfloat16 as its bits
+// bfloat16 as its bits; int8 only in pools, where after a head's values comes what one step of them is, in float32.
+enum class Storage { kFloat32, kBfloat16, kInt8 };
 
 // Rows of heads: a token's are one after the other.
 struct Rows {
@@ -19,11 +20,15 @@ struct Rows {
   Storage storage;
 };
 
-// The pages of one layer: tokens of kv_heads rows of `size` values, page after page.
+// The pages of one layer: tokens of kv_heads heads of `size` values, page after page.
 struct Pool {
   void* data;
   Storage storage;
   int size;
+
+  DISTAFF_INLINE int64_t head_bytes() const {
+    return storage == Storage::kInt8 ? size + 4 : int64_t{size} * (storage == Storage::kFloat32 ? 4 : 2);
+  }
 };
 
 struct Call {
@@ -47,9 +52,9 @@ struct Call {
   int rotary_size;
   bool interleaved;
 
-  int groups() const { return heads / kv_heads; }
+  DISTAFF_INLINE int groups() const { return heads / kv_heads; }
   // The first position that a query at `position` sees.
-  int64_t first_seen(int64_t position) const {
+  DISTAFF_INLINE int64_t first_seen(int64_t position) const {
     return window == 0 || position < window ? 0 : position + 1 - window;
   }
 };
@@ -57,8 +62,8 @@ struct Call {
 // The most query heads for each key-value head that decode kernels take; more of them make a matrix product.
 constexpr int kDecodeGroups = 8;
 
-// The widest key that a rotary embedding may be applied to.
-constexpr int kMostTurned = 1024;
+// The most values of a head.
+constexpr int kMostValues = 1024;
 
 // `count` tokens of one request from `token` on, against the keys at positions begin .. end - 1.
 struct Piece {
@@ -67,27 +72,25 @@ struct Piece {
   int count;
   int head, heads;  // the query heads that it computes: for decode all, for prefill those of one key-value head
   int64_t begin, end;
-  float* partial;  // if not null, results stay there for `merge` as [heads][2 + values.size]; only for one token
-  int64_t cost;    // for the order of work
   bool decode;
+  int64_t cost;    // for the order of work
+  float* partial;  // if not null, results stay there for `merge`, as [count][heads][2 + values.size]
 };
 
 struct Kernels {
   // Writes keys and values of tokens first .. end - 1 into their slots.
   void (*write)(const Call& call, int64_t first, int64_t end);
   // Floats of scratch, aligned to 64 bytes, that a prefill piece of `count` tokens or fewer needs, or any decode piece.
-  int64_t (*scratch)(const Call& call, int count);
+  int64_t (*scratch)(const Call& call, int64_t count);
   void (*decode)(const Call& call, const Piece& piece, float* scratch);
   void (*prefill)(const Call& call, const Piece& piece, float* scratch);
-  // The output of a split token from the partial results of `count` pieces like `piece`, one after the other.
-  void (*merge)(const Call& call, const Piece& piece, float* partials, int count);
+  // The output of `count` pieces like `piece`, whose partial results lie one after the other.
+  void (*merge)(const Call& call, const Piece& piece, int64_t count);
 };
 
 }  // namespace distaff::attention
 
 namespace distaff {
-namespace generic { extern const attention::Kernels kAttention; }
-namespace avx2 { extern const attention::Kernels kAttention; }
-namespace avx512 { extern const attention::Kernels kAttention; }
-namespace avx512_bf16 { extern const attention::Kernels kAttention; }
+extern const attention::Kernels kAttentionGeneric, kAttentionAvx2, kAttentionAvx512, kAttentionAvx512Vnni,
+    kAttentionAvx512Bf16;
 }  // namespace distaff

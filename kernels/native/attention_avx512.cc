@@ -1,5 +1,10 @@
-// Paged attention for processors with AVX-512 F, BW, DQ and VL.
-#if defined(__AVX512F__)
-#define DISTAFF_LEVEL avx512
-#include "attention_level.h"
+// Paged attention for AVX-512.
+#if defined(__x86_64__)
+#include "simd_avx512.h"
+// `Simd` comes first.
+#include "attention_kernels.h"
+
+namespace distaff {
+const attention::Kernels kAttentionAvx512 = kAttention;
+}  // namespace distaff
 #endif

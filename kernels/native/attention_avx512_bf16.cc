@@ -1,5 +1,10 @@
-// Paged attention for processors with AVX-512 with BF16.
-#if defined(__AVX512BF16__)
-#define DISTAFF_LEVEL avx512_bf16
-#include "attention_level.h"
+// Paged attention for AVX-512 with VNNI and BF16.
+#if defined(__x86_64__)
+#include "simd_avx512.h"
+// `Simd` comes first.
+#include "attention_kernels.h"
+
+namespace distaff {
+const attention::Kernels kAttentionAvx512Bf16 = kAttention;
+}  // namespace distaff
 #endif

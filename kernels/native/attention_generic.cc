@@ -1,3 +1,8 @@
-// Paged attention for processors with plain C++.
-#define DISTAFF_LEVEL generic
-#include "attention_level.h"
+// Paged attention for any processor.
+#include "simd_generic.h"
+// `Simd` comes first.
+#include "attention_kernels.h"
+
+namespace distaff {
+const attention::Kernels kAttentionGeneric = kAttention;
+}  // namespace distaff

@@ -1,39 +1,99 @@
 // Rows of heads in and out of their storage, the rotary embedding, and one row's online softmax.
+//
+// A head in an int8 pool is its values, rounded to 127 steps of the largest, and after them the float32 step.
 #pragma once
 
 #include "attention.h"
-#include "simd.h"
+#include "simd_math.h"
 
-namespace distaff::DISTAFF_LEVEL {
+namespace distaff {
+namespace {
 
 using attention::Call;
+using attention::kMostValues;
 using attention::Piece;
+using attention::Pool;
 using attention::Rows;
 using attention::Storage;
+
+constexpr float kLowest = -3.40282346638528859812e+38f;
+constexpr float kInfinity = __builtin_inff();
 
 // Keys that are scored before their values are read; also the most keys of a prefill block.
 constexpr int kTile = 64;
 
-static inline void load_values(Rows rows, int64_t at, int count, float* __restrict to) {
-  if (rows.storage == Storage::kFloat32) {
-    memcpy(to, static_cast<const float*>(rows.data) + at, count * sizeof *to);
-    return;
-  }
-  const uint16_t* bits = static_cast<const uint16_t*>(rows.data) + at;
-  for (int i = 0; i < count; ++i) to[i] = from_bf16(bits[i]);
+inline float exp(float x) {
+  float lanes[kLanes];
+  Simd::store(lanes, exp(Simd::all(x)));
+  return lanes[0];
 }
 
-static inline void store_values(void* data, Storage storage, int64_t at, int count, const float* __restrict from) {
-  if (storage == Storage::kFloat32) {
-    memcpy(static_cast<float*>(data) + at, from, count * sizeof *from);
-    return;
+// The first `count` of 16 values, then zeros.
+template <class T>
+Simd::F load_first(const T* from, int64_t count) {
+  if (count >= kLanes) return Simd::load(from);
+  T padded[kLanes] = {};
+  memcpy(padded, from, count * sizeof(T));
+  return Simd::load(padded);
+}
+
+template <class From, class To>
+void convert(const From* from, int64_t count, To* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) Simd::store(to + i, Simd::load(from + i));
+  if (i == count) return;
+  To last[kLanes];
+  Simd::store(last, load_first(from + i, count - i));
+  memcpy(to + i, last, (count - i) * sizeof(To));
+}
+
+// 64 bytes of E with the values of a row from `at` on; zeros past its `size`.
+template <class E, class T>
+Simd::I load_as(const T* row, int64_t size, int64_t at) {
+  constexpr int64_t kCount = 64 / sizeof(E);
+  if (at + kCount > size) {
+    T padded[kCount] = {};
+    memcpy(padded, row + at, (size - at) * sizeof(T));
+    return load_as<E>(padded, kCount, 0);
   }
-  uint16_t* bits = static_cast<uint16_t*>(data) + at;
-  for (int i = 0; i < count; ++i) bits[i] = to_bf16(from[i]);
+  if constexpr (sizeof(E) == sizeof(T)) return Simd::load_64(row + at);
+  E values[kCount];
+  for (int64_t i = 0; i < kCount; i += kLanes) Simd::store(values + i, Simd::load(row + at + i));
+  return Simd::load_64(values);
+}
+
+// Floats to int8 in steps of the returned size.
+inline float quantise_row(const float* from, int64_t count, int8_t* to) {
+  Simd::F largest = Simd::zero();
+  for (int64_t i = 0; i < count; i += kLanes) largest = Simd::max(largest, Simd::abs(load_first(from + i, count - i)));
+  const float step = Simd::largest(largest) / 127.0f;
+  const Simd::F inverse = Simd::all(step > 0 ? 1.0f / step : 0.0f);
+  const Simd::F bound = Simd::all(127.0f);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Simd::F steps = Simd::min(Simd::mul(load_first(from + i, count - i), inverse), bound);
+    int8_t bytes[kLanes];
+    Simd::store_int8(bytes, Simd::nearest(Simd::max(steps, Simd::sub(Simd::zero(), bound))));
+    memcpy(to + i, bytes, least(count - i, kLanes));
+  }
+  return step;
+}
+
+inline void load_row(Rows rows, int64_t at, int64_t count, float* to) {
+  if (rows.storage == Storage::kFloat32) return convert(static_cast<const float*>(rows.data) + at, count, to);
+  convert(static_cast<const uint16_t*>(rows.data) + at, count, to);
+}
+
+// Puts a head where the pool keeps that of a slot.
+inline void store_head(const Pool& pool, int64_t head, const float* from) {
+  char* to = static_cast<char*>(pool.data) + head * pool.head_bytes();
+  if (pool.storage == Storage::kFloat32) return convert(from, pool.size, reinterpret_cast<float*>(to));
+  if (pool.storage == Storage::kBfloat16) return convert(from, pool.size, reinterpret_cast<uint16_t*>(to));
+  const float step = quantise_row(from, pool.size, reinterpret_cast<int8_t*>(to));
+  memcpy(to + pool.size, &step, sizeof step);
 }
 
 // Turns one head of a token by the angles of its position.
-static inline void rotate(const Call& call, int64_t position, float* __restrict row) {
+inline void rotate(const Call& call, int64_t position, float* __restrict row) {
   const int size = call.rotary_size, half = size / 2;
   const float* __restrict cos = call.cosines + position * size;
   const float* __restrict sin = call.sines + position * size;
@@ -52,46 +112,54 @@ static inline void rotate(const Call& call, int64_t position, float* __restrict 
   }
 }
 
-// A query head, turned and scaled, so that its product with a key is a score.
-static inline void load_query(const Call& call, int64_t token, int head, float* to) {
-  const int size = call.keys.size;
-  load_values(call.q, (token * call.heads + head) * size, size, to);
+// A query head, turned and scaled, so that its product with a key is a score; zeros up to a multiple of 16.
+inline void load_query(const Call& call, int64_t token, int64_t head, float* to) {
+  const int64_t size = call.keys.size;
+  load_row(call.q, (token * call.heads + head) * size, size, to);
   if (call.cosines != nullptr) rotate(call, call.positions[token], to);
-  for (int i = 0; i < size; ++i) to[i] *= call.scale;
+  const Simd::F scale = Simd::all(call.scale);
+  for (int64_t i = 0; i < size; i += kLanes) Simd::store(to + i, Simd::mul(load_first(to + i, size - i), scale));
 }
 
-static void write_rows(const Call& call, int64_t first, int64_t end) {
-  constexpr int kMost = attention::kMostTurned;  // values that are converted at a time
-  float row[kMost];
-  const auto copy = [&](Rows rows, const attention::Pool& pool, int64_t from, int64_t to) {
-    const int64_t count = int64_t{call.kv_heads} * pool.size;
-    for (int64_t i = 0; i < count; i += kMost) {
-      const int some = smaller(count - i, int64_t{kMost});
-      load_values(rows, from * count + i, some, row);
-      store_values(pool.data, pool.storage, to * count + i, some, row);
-    }
-  };
+void write_rows(const Call& call, int64_t first, int64_t end) {
+  float row[kMostValues];
   for (int64_t token = first; token < end; ++token) {
-    const int64_t slot = call.slots[token];
-    if (call.cosines == nullptr) {
-      copy(call.k, call.keys, token, slot);
-    } else {
-      const int size = call.keys.size;
-      for (int head = 0; head < call.kv_heads; ++head) {
-        load_values(call.k, (token * call.kv_heads + head) * size, size, row);
-        rotate(call, call.positions[token], row);
-        store_values(call.keys.data, call.keys.storage, (slot * call.kv_heads + head) * size, size, row);
-      }
+    for (int64_t head = 0; head < call.kv_heads; ++head) {
+      const int64_t from = token * call.kv_heads + head, to = int64_t{call.slots[token]} * call.kv_heads + head;
+      load_row(call.k, from * call.keys.size, call.keys.size, row);
+      if (call.cosines != nullptr) rotate(call, call.positions[token], row);
+      store_head(call.keys, to, row);
+      if (call.v.data == nullptr) continue;
+      load_row(call.v, from * call.values.size, call.values.size, row);
+      store_head(call.values, to, row);
     }
-    if (call.v.data != nullptr) copy(call.v, call.values, token, slot);
   }
 }
 
+// The keys or values of one head in the pool, by the indices of tokens.
+template <class T>
+struct Column {
+  const T* data;
+  int64_t stride;  // from token to token
+  int64_t size;
+
+  DISTAFF_INLINE Column(const Call& call, const Pool& pool, int64_t head)
+      : data(static_cast<const T*>(pool.data) + head * pool.head_bytes() / static_cast<int64_t>(sizeof(T))),
+        stride(call.kv_heads * pool.head_bytes() / static_cast<int64_t>(sizeof(T))),
+        size(pool.size) {}
+  DISTAFF_INLINE const T* of(int64_t token) const { return data + token * stride; }
+  // The steps of `count` tokens, for int8.
+  void steps(const int64_t* tokens, int64_t count, float* to) const {
+    if constexpr (sizeof(T) == 1) {
+      for (int64_t i = 0; i < count; ++i) memcpy(to + i, of(tokens[i]) + size, sizeof *to);
+    }
+  }
+};
+
 // Indices in the pool of `count` tokens of a request from `position` on; then the last one up to a multiple of kLanes.
-static inline void locate(const Call& call, int64_t request, int64_t position, int count, int64_t* tokens) {
+inline void locate(const Call& call, int64_t request, int64_t position, int64_t count, int64_t* tokens) {
   const int32_t* pages = call.tables + request * call.pages_per_request + position / call.page_size;
-  int offset = static_cast<int>(position % call.page_size);
-  int i = 0;
+  int64_t offset = position % call.page_size, i = 0;
   while (i < count) {
     const int64_t page = int64_t{*pages++} * call.page_size;
     for (; offset < call.page_size && i < count; ++offset) tokens[i++] = page + offset;
@@ -103,49 +171,56 @@ static inline void locate(const Call& call, int64_t request, int64_t position, i
 // What a query's softmax has seen so far.
 struct Running {
   float highest = kLowest;
-  F32 total{};
+  Simd::F total = Simd::zero();  // in any of the lanes
 };
 
-static inline void store_weights(float* to, F32 weights) { store(to, weights); }
+// The columns of a tile of keys: those from `first` to `end` are visible, `columns` is a multiple of kLanes.
+struct Columns {
+  int64_t first, end, columns;
+  int64_t distance;  // how far before the query the first of these keys is
+  const float* key_steps;  // what products are multiplied with, or null
+  const float* value_steps;  // what weights are multiplied with, or null
+};
 
-#if defined(__AVX512BF16__)
-static inline void store_weights(uint16_t* to, F32 weights) {
-  const __m256bh bits = _mm512_cvtneps_pbh((__m512)weights);
-  memcpy(to, &bits, sizeof bits);
-}
-#endif
-
-// Turns scores of `columns` keys (a multiple of kLanes) into weights, of which only first .. end - 1 are not zero, and
-// returns what earlier sums shrink by. `distance` is how far before the query the first of these keys is.
+// Turns scores into weights, of which only those of visible columns are not zero, and returns what earlier sums shrink
+// by.
 template <class Weight>
-static inline float weigh(const Call& call, float slope, int64_t distance, int first, int end, int columns,
-                          float* scores, Weight* weights, Running& running) {
-  F32 best = splat(running.highest);
-  const I32 lanes = lane_numbers();
-  const bool partial = first > 0 || end < columns;
-  for (int i = 0; i < columns; i += kLanes) {
-    F32 s = load(scores + i);
-    if (call.softcap != 0) s = call.softcap * tanh(s / call.softcap);
-    const I32 column = lanes + i;
-    if (slope != 0) s -= slope * (static_cast<float>(distance) - __builtin_convertvector(column, F32));
-    if (partial) s = (column >= first) & (column < end) ? s : splat(-kInfinity);
-    store(scores + i, s);
-    best = max(best, s);
+float weigh(const Call& call, float slope, const Columns& keys, float* scores, Weight* weights, Running& running) {
+  Simd::F best = Simd::all(running.highest);
+  const bool partial = keys.first > 0 || keys.end < keys.columns;
+  const bool changes = partial || keys.key_steps != nullptr || call.softcap != 0 || slope != 0;
+  for (int64_t i = 0; i < keys.columns; i += kLanes) {
+    Simd::F s = Simd::load(scores + i);
+    if (keys.key_steps != nullptr) s = Simd::mul(s, Simd::load(keys.key_steps + i));
+    if (call.softcap != 0) s = Simd::mul(tanh(Simd::div(s, Simd::all(call.softcap))), Simd::all(call.softcap));
+    if (slope != 0) {
+      const Simd::F distance = Simd::sub(Simd::all(static_cast<float>(keys.distance - i)), Simd::lane_numbers());
+      s = Simd::sub(s, Simd::mul(Simd::all(slope), distance));
+    }
+    if (partial) {
+      const auto below = [i](int64_t column) { return (1u << most(0, least(column - i, kLanes))) - 1; };
+      s = Simd::choose(below(keys.end) & ~below(keys.first), s, Simd::all(-kInfinity));
+    }
+    if (changes) Simd::store(scores + i, s);
+    best = Simd::max(best, s);
   }
   const float before = running.highest;
-  running.highest = highest(best);
+  running.highest = Simd::largest(best);
   const float shrink = before == running.highest ? 1.0f : exp(before - running.highest);
-  running.total *= shrink;
-  for (int i = 0; i < columns; i += kLanes) {
-    const F32 weight = exp(load(scores + i) - running.highest);
-    running.total += weight;
-    store_weights(weights + i, weight);
+  const Simd::F highest = Simd::all(running.highest);
+  Simd::F total = Simd::mul(running.total, Simd::all(shrink));
+  for (int64_t i = 0; i < keys.columns; i += kLanes) {
+    Simd::F weight = exp(Simd::sub(Simd::load(scores + i), highest));
+    total = Simd::add(total, weight);
+    if (keys.value_steps != nullptr) weight = Simd::mul(weight, Simd::load(keys.value_steps + i));
+    Simd::store(weights + i, weight);
   }
+  running.total = total;
   return shrink;
 }
 
 // Writes the output of one head of a token from its weighted sum of values.
-static inline void finish(const Call& call, int64_t token, int head, float highest, float total, float* values) {
+inline void finish(const Call& call, int64_t token, int64_t head, float highest, float total, float* values) {
   float factor = 1;
   if (call.sinks != nullptr) {
     const float sink = call.sinks[head], best = highest > sink ? highest : sink;
@@ -153,34 +228,36 @@ static inline void finish(const Call& call, int64_t token, int head, float highe
     total = total * factor + exp(sink - best);
   }
   factor = total == 0 ? 0 : factor / total;  // a query that sees no key
-  const int size = call.values.size;
-  for (int i = 0; i < size; ++i) values[i] *= factor;
-  store_values(call.output, call.q.storage, (token * call.heads + head) * size, size, values);
+  const int64_t size = call.values.size, at = (token * call.heads + head) * size;
+  for (int64_t i = 0; i < size; ++i) values[i] *= factor;
+  if (call.q.storage == Storage::kFloat32) return convert(values, size, static_cast<float*>(call.output) + at);
+  convert(values, size, static_cast<uint16_t*>(call.output) + at);
 }
 
-// Finishes a head, or leaves what `merge` needs.
-static inline void deliver(const Call& call, const Piece& piece, int64_t token, int head, const Running& running,
-                           float* values) {
-  if (piece.partial == nullptr) return finish(call, token, head, running.highest, sum(running.total), values);
-  float* partial = piece.partial + (head - piece.head) * (2 + call.values.size);
+// Finishes a head of a token, or leaves what `merge` needs.
+inline void deliver(const Call& call, const Piece& piece, int64_t token, int64_t head, const Running& running,
+                    float* values) {
+  if (piece.partial == nullptr) return finish(call, token, head, running.highest, Simd::sum(running.total), values);
+  float* partial = piece.partial + ((token - piece.token) * piece.heads + head - piece.head) * (2 + call.values.size);
   partial[0] = running.highest;
-  partial[1] = sum(running.total);
+  partial[1] = Simd::sum(running.total);
   memcpy(partial + 2, values, call.values.size * sizeof *values);
 }
 
-static void merge(const Call& call, const Piece& piece, float* partials, int count) {
-  const int size = call.values.size, stride = 2 + size;
-  for (int h = 0; h < piece.heads; ++h) {
-    float* merged = partials + h * stride;
-    for (int i = 1; i < count; ++i) {
-      const float* other = partials + (i * piece.heads + h) * stride;
+void merge(const Call& call, const Piece& piece, int64_t count) {
+  const int64_t stride = 2 + call.values.size, rows = int64_t{piece.count} * piece.heads;
+  for (int64_t row = 0; row < rows; ++row) {
+    float* merged = piece.partial + row * stride;
+    for (int64_t i = 1; i < count; ++i) {
+      const float* other = merged + i * rows * stride;
       const float best = merged[0] > other[0] ? merged[0] : other[0];
       const float mine = exp(merged[0] - best), its = exp(other[0] - best);
-      for (int d = 1; d < stride; ++d) merged[d] = merged[d] * mine + other[d] * its;
+      for (int64_t d = 1; d < stride; ++d) merged[d] = merged[d] * mine + other[d] * its;
       merged[0] = best;
     }
-    finish(call, piece.token, piece.head + h, merged[0], merged[1], merged + 2);
+    finish(call, piece.token + row / piece.heads, piece.head + row % piece.heads, merged[0], merged[1], merged + 2);
   }
 }
 
-}  // namespace distaff::DISTAFF_LEVEL
+}  // namespace
+}  // namespace distaff

@@ -14,18 +14,12 @@
 // offset, with a scale for every column, or (float16) for every column and group of rows of W.
 #pragma once
 
-#include <cstdint>
-
-// Inline functions of headers that files for different processors share: no copy may be left for the linker to choose.
-#define DISTAFF_INLINE __attribute__((always_inline)) inline
+#include "level.h"
 
 namespace distaff {
 
 enum class WeightKind : int32_t { kFloat32, kBfloat16, kInt8, kInt4 };
 enum class Activation : int32_t { kNone, kSilu, kGeluTanh, kGelu, kRelu };
-
-constexpr int64_t kLanes = 16;       // columns in a panel
-constexpr int64_t kStepBytes = 64;   // of a panel
 
 struct WeightMatrix {
   WeightKind kind;
@@ -103,7 +97,8 @@ struct MatmulKernels {
   void (*block)(const Matmul&, const Block&, float* scratch);
 };
 
-extern const MatmulKernels kMatmulGeneric, kMatmulAvx2, kMatmulAvx512, kMatmulAvx512Vnni, kMatmulAvx512Bf16;
+extern const MatmulKernels kMatmulGeneric, kMatmulAvx2, kMatmulAvx512, kMatmulAvx512Vnni, kMatmulAvx512Bf16,
+    kMatmulAmx;
 
 constexpr int64_t kWidenedRows = 128, kWidenedPanels = 4;  // of W, made float32 at a time
 

@@ -13,7 +13,8 @@ namespace distaff {
 
 inline const MatmulKernels& matmul_kernels(CpuLevel level) {
 #if defined(__x86_64__)
-  if (level >= CpuLevel::kAvx512Bf16) return kMatmulAvx512Bf16;
+  if (level >= CpuLevel::kAmx) return kMatmulAmx;
+  if (level == CpuLevel::kAvx512Bf16) return kMatmulAvx512Bf16;
   if (level == CpuLevel::kAvx512Vnni) return kMatmulAvx512Vnni;
   if (level == CpuLevel::kAvx512) return kMatmulAvx512;
   if (level == CpuLevel::kAvx2) return kMatmulAvx2;

@@ -7,11 +7,13 @@
 
 #include "matmul.h"
 #include "simd_math.h"
+#include "tiles.h"
+#ifdef DISTAFF_HAS_MATRIX_UNIT
+#include "matrix_unit_tiles.h"
+#endif
 
 namespace distaff {
 namespace {
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // --- activations ---
 
@@ -22,10 +24,10 @@ Simd::F load_x(const Matmul& call, int64_t row, int64_t k) {
     return count == kLanes ? Simd::load(from) : Simd::load_first(from, count);
   }
   const uint16_t* from = static_cast<const uint16_t*>(call.x) + row * size + k;
-  if (count == kLanes) return Simd::load_bf16(from);
+  if (count == kLanes) return Simd::load(from);
   uint16_t padded[kLanes] = {};
   __builtin_memcpy(padded, from, count * sizeof *from);
-  return Simd::load_bf16(padded);
+  return Simd::load(padded);
 }
 
 // Row `row` of x in float32, normalised if the call says so, with zeros up to prepare_floats().
@@ -81,7 +83,7 @@ void prepare(const Matmul& call, int64_t row, float* scratch) {
   normalised_row(call, row, floats);
   if (to.kind == Activations::Kind::kBfloat16) {
     auto* bf16 = reinterpret_cast<uint16_t*>(values);
-    for (int64_t k = 0; k < size; k += kLanes) Simd::store_bf16(bf16 + k, Simd::load(floats + k));
+    for (int64_t k = 0; k < size; k += kLanes) Simd::store(bf16 + k, Simd::load(floats + k));
   } else if (to.kind == Activations::Kind::kInt8) {
     const int64_t groups = call.weight.groups(), count = call.weight.group > 0 ? call.weight.group : size;
     for (int64_t g = 0; g < groups; ++g) {
@@ -90,92 +92,7 @@ void prepare(const Matmul& call, int64_t row, float* scratch) {
   }
 }
 
-// --- tiles ---
-
-// What a micro-kernel works on: some rows of activations, some panels, some steps of both.
-struct Tile {
-  const uint8_t* a;
-  int64_t a_stride;  // bytes from row to row
-  const uint8_t* w;
-  int64_t w_stride;  // bytes from panel to panel
-  int64_t steps;
-  // What will be read after these panels; each tile of rows fetches a part of it into the second cache, `next_step`
-  // bytes a step.
-  const uint8_t* next;
-  int64_t next_step;
-  float* c;  // the sums so far, [rows][panels * 16]
-  int64_t c_stride;
-  bool first;  // there are no sums so far
-
-  // For quantised weights, from the first group of the tile on.
-  int64_t group_steps;
-  const float* a_scales;
-  const int32_t* a_shifts;
-  const float* a_sums;
-  int64_t groups;  // from row to row of these, and from panel to panel of the next, in units of 16
-  const float* column_scales;
-  const uint16_t* group_scales;
-  const uint16_t* group_offsets;
-};
-
-struct Float32 {
-  using W = Simd::F;
-  static W load(const uint8_t* from) { return Simd::load(reinterpret_cast<const float*>(from)); }
-  static W repeat(const uint8_t* from) { return Simd::all(*reinterpret_cast<const float*>(from)); }
-  static Simd::F dot(Simd::F acc, W w, W x) { return Simd::fma(w, x, acc); }
-};
-
-struct Bfloat16 {
-  using W = Simd::I;
-  static W load(const uint8_t* from) { return Simd::load_64(from); }
-  static W repeat(const uint8_t* from) { return Simd::repeat_4(from); }
-  static Simd::F dot(Simd::F acc, W w, W x) { return Simd::dot_2(acc, w, x); }
-};
-
-// A loop over a tile, unrolled before anything else is done to it, so that sums in arrays become registers.
-template <int kIndex>
-struct Constant {
-  static constexpr int kValue = kIndex;
-  DISTAFF_INLINE constexpr operator int() const { return kIndex; }
-};
-template <int kEnd, int kBegin = 0, typename Body>
-DISTAFF_INLINE void unrolled(const Body& body) {
-  if constexpr (kBegin < kEnd) {
-    body(Constant<kBegin>{});
-    unrolled<kEnd, kBegin + 1>(body);
-  }
-}
-#define DISTAFF_UNROLLED __attribute__((always_inline))
-
-template <int P>
-DISTAFF_INLINE void fetch_next(const Tile& t, int64_t step) {
-  // One panel alone is read by few rows, faster than memory delivers; the processor itself sees what comes next.
-  if constexpr (P > 1) {
-    unrolled<P>([&](auto p) DISTAFF_UNROLLED { Simd::prefetch(t.next + p * t.w_stride + step * t.next_step); });
-  }
-}
-
-template <typename Format, int R, int P>
-void float_tile(const Tile& t) {
-  Simd::F acc[R][P];
-  unrolled<R>([&](auto r) DISTAFF_UNROLLED {
-    unrolled<P>([&](auto p) DISTAFF_UNROLLED {
-      acc[r][p] = t.first ? Simd::zero() : Simd::load(t.c + r * t.c_stride + p * kLanes);
-    });
-  });
-  for (int64_t s = 0; s < t.steps; ++s) {
-    fetch_next<P>(t, s);
-    typename Format::W w[P];
-    unrolled<P>([&](auto p) DISTAFF_UNROLLED { w[p] = Format::load(t.w + p * t.w_stride + s * kStepBytes); });
-    unrolled<R>([&](auto r) DISTAFF_UNROLLED {
-      const typename Format::W x = Format::repeat(t.a + r * t.a_stride + s * 4);
-      unrolled<P>([&](auto p) DISTAFF_UNROLLED { acc[r][p] = Format::dot(acc[r][p], w[p], x); });
-    });
-  }
-  unrolled<R>([&](auto r) DISTAFF_UNROLLED {
-    unrolled<P>([&](auto p) DISTAFF_UNROLLED { Simd::store(t.c + r * t.c_stride + p * kLanes, acc[r][p]); });
-  });
-}
+// --- tiles of integers ---
 
 // Integer sums over a group, then c += sum * (scale of w) * (scale of x) [+ offset of w * sum of x]. Sums start at
 // -zero * (sum of x), since what is stored is q + zero. A column with one scale counts as one group in each tile.
@@ -257,6 +174,28 @@ TileFunction tile_of_rows(const Matmul& call, int64_t rows) {
   return tile_of<R, P>(call);
 }
 
+// How many rows the tiles of a call have at most, and the kernel for some of them.
+struct TileChoice {
+  int64_t rows;
+  TileFunction (*of)(const Matmul&, int64_t rows);
+};
+
+template <int P>
+TileChoice choose_tiles(const Matmul& call) {
+#ifdef DISTAFF_HAS_MATRIX_UNIT
+  if constexpr (P > 1) {
+    if (call.activations.kind == Activations::Kind::kBfloat16) {
+      return {MatrixUnit::kRows, [](const Matmul&, int64_t) -> TileFunction { return unit_bf16_tile<P>; }};
+    }
+    if (call.activations.kind == Activations::Kind::kInt8 && call.weight.group == 0) {
+      return {MatrixUnit::kRows, [](const Matmul&, int64_t) -> TileFunction { return unit_int8_tile<P>; }};
+    }
+  }
+#endif
+  (void)call;
+  return {Simd::kRows, tile_of_rows<Simd::kRows, P>};
+}
+
 // --- blocks ---
 
 // Rows of W made float32: steps of the panels at `t`, [panel][row][16].
@@ -300,7 +239,8 @@ void multiply(const Matmul& call, const Block& block, int64_t panel, float* c, i
   const int64_t step_rows = weight.step_rows(), steps = weight.padded_rows() / step_rows;
   const int64_t piece = call.widens() ? kWidenedRows / step_rows : 24 * 1024 / kStepBytes / P;
   const int64_t rows = block.row_end - block.row_begin;
-  const int64_t tiles = (rows + Simd::kRows - 1) / Simd::kRows;
+  const TileChoice choice = choose_tiles<P>(call);
+  const int64_t tiles = (rows + choice.rows - 1) / choice.rows;
   for (int64_t step = 0; step < steps; step += piece) {
     Tile t{};
     t.w = weight.values + panel * weight.panel_bytes() + step * kStepBytes;
@@ -340,6 +280,7 @@ void multiply(const Matmul& call, const Block& block, int64_t panel, float* c, i
     for (int64_t i = 0, row = 0; i < tiles; ++i) {
       const int64_t count = rows / tiles + (i < rows % tiles);
       const int64_t at = (block.row_begin + row) * groups + group;
+      t.rows = count;
       t.a = activations.values + (block.row_begin + row) * activations.stride + step * a_step;
       t.c = c + row * c_stride;
       t.next = next + i * t.steps * t.next_step;
@@ -348,7 +289,7 @@ void multiply(const Matmul& call, const Block& block, int64_t panel, float* c, i
         t.a_shifts = activations.shifts + at;
         t.a_sums = activations.sums + at;
       }
-      tile_of_rows<Simd::kRows, P>(call, count)(t);
+      choice.of(call, count)(t);
       row += count;
     }
   }

@@ -1,5 +1,5 @@
-// The FFI target distaff_roofline: runs one of the loops of roofline.h on all threads. The result is only there so that
-// the work is done; benchmarks take its time.
+// The FFI target distaff_roofline: runs one of the loops of roofline.h on one thread or all. The result is only there so
+// that the work is done; benchmarks take its time.
 #include <algorithm>
 #include <atomic>
 
@@ -27,7 +27,7 @@ const RooflineKernels& roofline_kernels(CpuLevel level) {
 
 // Reads `data` if rounds is 0, or else multiplies.
 ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer data, ffi::Result<ffi::Buffer<ffi::F32>> out, int32_t kind,
-               int64_t rounds) {
+               int64_t rounds, bool one_thread) {
   if (kind < 0 || kind > 2 || rounds < 0 || out->element_count() != 1) {
     return ffi::Error::InvalidArgument("distaff_roofline: kind is 0 to 2, rounds not negative, the result one float32");
   }
@@ -38,11 +38,13 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer data, ffi::Result<ffi::Buffe
   const int64_t total_work = rounds > 0 ? rounds : size, at_once = rounds > 0 ? kRoundsAtOnce : kChunk;
   const int64_t chunks = (total_work + at_once - 1) / at_once;
   std::atomic<float> total{0};
-  Threads(pool).run(chunks, [&](int64_t i) {
+  const auto work = [&](int64_t i) {
     const float found = rounds > 0 ? kernels.multiply(kind, std::min(kRoundsAtOnce, rounds - i * kRoundsAtOnce), 3.0f)
                                    : kernels.read(bytes + i * kChunk, std::min(kChunk, size - i * kChunk));
     total.fetch_add(found, std::memory_order_relaxed);
-  });
+  };
+  if (!one_thread) Threads(pool).run(chunks, work);
+  for (int64_t i = 0; one_thread && i < chunks; ++i) work(i);
   out->typed_data()[0] = total;
   return ffi::Error::Success();
 }
@@ -55,7 +57,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(distaff_roofline, run,
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int32_t>("kind")
-                                  .Attr<int64_t>("rounds"));
+                                  .Attr<int64_t>("rounds")
+                                  .Attr<bool>("one_thread"));
 DISTAFF_REGISTER(distaff_roofline);
 
 }  // namespace distaff

@@ -5,7 +5,7 @@
 // their maxima is at most the k-th largest logit: a cut above which lie all of the k largest and not many more.
 #pragma once
 
-#include <stdint.h>
+#include "level.h"
 
 namespace distaff::sampling {
 
@@ -31,7 +31,5 @@ struct Kernels {
 }  // namespace distaff::sampling
 
 namespace distaff {
-namespace generic { extern const sampling::Kernels kSampling; }
-namespace avx2 { extern const sampling::Kernels kSampling; }
-namespace avx512 { extern const sampling::Kernels kSampling; }
+extern const sampling::Kernels kSamplingGeneric, kSamplingAvx2, kSamplingAvx512;
 }  // namespace distaff

@@ -1,5 +1,10 @@
-// Sampling for processors with AVX-512 F, BW, DQ and VL.
-#if defined(__AVX512F__)
-#define DISTAFF_LEVEL avx512
-#include "sampling_level.h"
+// Sampling for AVX-512.
+#if defined(__x86_64__)
+#include "simd_avx512.h"
+// `Simd` comes first.
+#include "sampling_kernels.h"
+
+namespace distaff {
+const sampling::Kernels kSamplingAvx512 = kSampling;
+}  // namespace distaff
 #endif

@@ -1,3 +1,8 @@
-// Sampling for processors with plain C++.
-#define DISTAFF_LEVEL generic
-#include "sampling_level.h"
+// Sampling for any processor.
+#include "simd_generic.h"
+// `Simd` comes first.
+#include "sampling_kernels.h"
+
+namespace distaff {
+const sampling::Kernels kSamplingGeneric = kSampling;
+}  // namespace distaff

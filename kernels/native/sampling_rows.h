@@ -23,11 +23,11 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 inline const Kernels& kernels_of(CpuLevel level) {
 #if defined(__x86_64__)
-  if (level >= CpuLevel::kAvx512) return avx512::kSampling;
-  if (level >= CpuLevel::kAvx2) return avx2::kSampling;
+  if (level >= CpuLevel::kAvx512) return kSamplingAvx512;
+  if (level >= CpuLevel::kAvx2) return kSamplingAvx2;
 #endif
   (void)level;
-  return generic::kSampling;
+  return kSamplingGeneric;
 }
 
 struct Parameters {

@@ -18,16 +18,23 @@ struct Simd {
 
   // The largest tile of a product that stays in registers: rows x panels of 16 columns.
   static constexpr int kRows = 6, kPanels = 1;
+  static constexpr bool kHasDot2 = false;  // whether dot_2 is one instruction
 
   static F zero() { return all(0); }
   static F all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
   static F load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
-  static F load_first(const float* from, int64_t count) {
-    float padded[16] = {};
+  static F load_first(const float* from, int64_t count, float rest = 0) {
+    float padded[16];
+    store(padded, all(rest));
     __builtin_memcpy(padded, from, count * sizeof(float));
     return load(padded);
   }
-  static F load_bf16(const uint16_t* from) { return {bf16(from), bf16(from + 8)}; }
+  static F load(const uint16_t* from) { return {bf16(from), bf16(from + 8)}; }
+  static F load(const int8_t* from) {
+    const __m128i bytes = load_128(from);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+  }
   static F load_half(const uint16_t* from) {
     return {_mm256_cvtph_ps(load_128(from)), _mm256_cvtph_ps(load_128(from + 8))};
   }
@@ -40,7 +47,7 @@ struct Simd {
     store(padded, a);
     __builtin_memcpy(to, padded, count * sizeof(float));
   }
-  static void store_bf16(uint16_t* to, F a) {
+  static void store(uint16_t* to, F a) {
     const __m256i packed = _mm256_packus_epi32(rounded(a.low), rounded(a.high));  // packs within halves
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0b11011000));
   }
@@ -80,6 +87,38 @@ struct Simd {
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
   }
 
+  // Lane i of the result is the sum of all lanes of vectors[i], of 16.
+  static F sum_each(const F* vectors) {
+    const auto eight = [](const F* v) {
+      const auto four = [v](int i) {
+        const auto both = [v](int j) { return _mm256_add_ps(v[j].low, v[j].high); };
+        return _mm256_hadd_ps(_mm256_hadd_ps(both(i), both(i + 1)), _mm256_hadd_ps(both(i + 2), both(i + 3)));
+      };
+      const __m256 a = four(0), b = four(4);
+      return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    };
+    return {eight(vectors), eight(vectors + 8)};
+  }
+  static F lane_numbers() {
+    return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_ps(8, 9, 10, 11, 12, 13, 14, 15)};
+  }
+  // Bit i says whether lane i of a is at least b's; or not a number.
+  static uint32_t at_least(F a, F b) {
+    return bits(_mm256_cmp_ps(a.low, b.low, _CMP_GE_OQ), _mm256_cmp_ps(a.high, b.high, _CMP_GE_OQ));
+  }
+  static uint32_t unordered(F a) {
+    return bits(_mm256_cmp_ps(a.low, a.low, _CMP_UNORD_Q), _mm256_cmp_ps(a.high, a.high, _CMP_UNORD_Q));
+  }
+  // Lanes of a whose bit is set, and `rest` in the others.
+  static F choose(uint32_t bits, F a, F rest) {
+    const auto half = [bits](__m256 x, __m256 other, __m256i bit) {
+      const __m256i mask = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int32_t>(bits)), bit), bit);
+      return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(mask));
+    };
+    const __m256i low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return {half(a.low, rest.low, low), half(a.high, rest.high, _mm256_slli_epi32(low, 8))};
+  }
+
   static I int_zero() { return int_all(0); }
   static I int_all(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
   static I int_add(I a, I b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
@@ -89,6 +128,7 @@ struct Simd {
     four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0b01001110));
     return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0b10110001)));
   }
+  static F as_floats(I a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }  // the same bits
   static F to_float(I a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
   static I nearest(F a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }  // |a| < 2^22
   static F times_power_of_two(F a, I n) {
@@ -96,6 +136,31 @@ struct Simd {
       return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(by, 23)));
     };
     return {scale(a.low, n.low), scale(a.high, n.high)};
+  }
+
+  // Column j of 16 rows of 16 words becomes row j, `stride` words further.
+  static void store_transposed(I* rows, float* to, int64_t stride) {
+    float words[16 * 16];
+    for (int i = 0; i < 16; ++i) store_64(words + 16 * i, rows[i]);
+    for (int j = 0; j < 16; ++j) {
+      for (int i = 0; i < 16; ++i) to[j * stride + i] = words[16 * i + j];
+    }
+  }
+  // Words of the 16-bit numbers of a and b in turns: those of the lower and of the upper half of every 16 bytes.
+  static I interleave_low(I a, I b) {
+    return {_mm256_unpacklo_epi16(a.low, b.low), _mm256_unpacklo_epi16(a.high, b.high)};
+  }
+  static I interleave_high(I a, I b) {
+    return {_mm256_unpackhi_epi16(a.low, b.low), _mm256_unpackhi_epi16(a.high, b.high)};
+  }
+  // From words in the order of those to 16 and 16 in the order of memory.
+  static void store_interleaved(float* first, float* second, F low, F high) {
+    const auto put = [](float* to, __m256 a, __m256 b) {
+      _mm256_storeu_ps(to, _mm256_permute2f128_ps(a, b, 0x20));
+      _mm256_storeu_ps(to + 8, _mm256_permute2f128_ps(a, b, 0x31));
+    };
+    put(first, low.low, high.low);
+    put(second, low.high, high.high);
   }
 
   static I load_64(const void* from) {
@@ -106,6 +171,15 @@ struct Simd {
     int32_t value;
     __builtin_memcpy(&value, from, 4);
     return int_all(value);
+  }
+  static void store_64(void* to, I a) {
+    auto* halves = static_cast<__m256i*>(to);
+    _mm256_storeu_si256(halves, a.low);
+    _mm256_storeu_si256(halves + 1, a.high);
+  }
+  static I flip_signs(I a) {  // of bytes: int8 + 128
+    const __m256i sign = _mm256_set1_epi8(-128);
+    return {_mm256_xor_si256(a.low, sign), _mm256_xor_si256(a.high, sign)};
   }
   static I low_nibbles(I a) {
     const __m256i mask = _mm256_set1_epi8(15);
@@ -139,6 +213,9 @@ struct Simd {
   }
 
  private:
+  static uint32_t bits(__m256 low, __m256 high) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(low) | _mm256_movemask_ps(high) << 8);
+  }
   static __m128i load_128(const void* from) { return _mm_loadu_si128(static_cast<const __m128i*>(from)); }
   static __m256 bf16(const uint16_t* from) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(from)), 16));

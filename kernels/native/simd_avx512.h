@@ -15,18 +15,29 @@ struct Simd {
 
   // The largest tile of a product that stays in registers: rows x panels of 16 columns.
   static constexpr int kRows = 6, kPanels = 4;
+  // Whether dot_2 is one instruction.
+#ifdef __AVX512BF16__
+  static constexpr bool kHasDot2 = true;
+#else
+  static constexpr bool kHasDot2 = false;
+#endif
 
   static F zero() { return _mm512_setzero_ps(); }
   static F all(float value) { return _mm512_set1_ps(value); }
   static F load(const float* from) { return _mm512_loadu_ps(from); }
-  static F load_first(const float* from, int64_t count) { return _mm512_maskz_loadu_ps(first(count), from); }
-  static F load_bf16(const uint16_t* from) {
+  static F load_first(const float* from, int64_t count, float rest = 0) {
+    return _mm512_mask_loadu_ps(all(rest), first(count), from);
+  }
+  static F load(const uint16_t* from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_256(from)), 16));
+  }
+  static F load(const int8_t* from) {
+    return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
   }
   static F load_half(const uint16_t* from) { return _mm512_cvtph_ps(load_256(from)); }
   static void store(float* to, F a) { _mm512_storeu_ps(to, a); }
   static void store_first(float* to, F a, int64_t count) { _mm512_mask_storeu_ps(to, first(count), a); }
-  static void store_bf16(uint16_t* to, F a) {
+  static void store(uint16_t* to, F a) {
 #ifdef __AVX512BF16__
     store_256(to, (__m256i)_mm512_cvtneps_pbh(a));
 #else
@@ -54,14 +65,68 @@ struct Simd {
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
   static float largest(F a) { return _mm512_reduce_max_ps(a); }
 
+  // Lane i of the result is the sum of all lanes of vectors[i], of 16.
+  static F sum_each(const F* vectors) {
+    F sums[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) sums[i] = add_pairs(vectors[2 * i], vectors[2 * i + 1]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sums[i] = add_pairs(sums[2 * i], sums[2 * i + 1]);
+    return add_pairs(add_pairs(sums[0], sums[1]), add_pairs(sums[2], sums[3]));
+  }
+  static F lane_numbers() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+  // Bit i says whether lane i of a is at least b's; or not a number.
+  static uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+  static uint32_t unordered(F a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q); }
+  // Lanes of a whose bit is set, and `rest` in the others.
+  static F choose(uint32_t bits, F a, F rest) { return _mm512_mask_mov_ps(rest, static_cast<__mmask16>(bits), a); }
+
   static I int_zero() { return _mm512_setzero_si512(); }
   static I int_all(int32_t value) { return _mm512_set1_epi32(value); }
   static I int_add(I a, I b) { return _mm512_add_epi32(a, b); }
   static int32_t int_sum(I a) { return _mm512_reduce_add_epi32(a); }
+  static F as_floats(I a) { return _mm512_castsi512_ps(a); }  // the same bits
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static I nearest(F a) { return _mm512_cvtps_epi32(a); }  // |a| < 2^22
   static F times_power_of_two(F a, I n) {
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(n, 23)));
+  }
+
+  // Column j of 16 rows of 16 words becomes row j, `stride` words further.
+  static void store_transposed(I* r, float* to, int64_t stride) {
+    I t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+      r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    // Each 128-bit lane of r[4 i + j] now has column 4 lane + j of rows 4 i … 4 i + 3.
+    const auto put = [&](int j, I a) { _mm512_storeu_si512(to + j * stride, a); };
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const I a = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xDD);
+      const I c = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88), d = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xDD);
+      put(j, _mm512_shuffle_i32x4(a, c, 0x88));
+      put(8 + j, _mm512_shuffle_i32x4(a, c, 0xDD));
+      put(4 + j, _mm512_shuffle_i32x4(b, d, 0x88));
+      put(12 + j, _mm512_shuffle_i32x4(b, d, 0xDD));
+    }
+  }
+  // Words of the 16-bit numbers of a and b in turns: those of the lower and of the upper half of every 16 bytes.
+  static I interleave_low(I a, I b) { return _mm512_unpacklo_epi16(a, b); }
+  static I interleave_high(I a, I b) { return _mm512_unpackhi_epi16(a, b); }
+  // From words in the order of those to 16 and 16 in the order of memory.
+  static void store_interleaved(float* first, float* second, F low, F high) {
+    const I order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    store(first, _mm512_permutex2var_ps(low, order, high));
+    store(second, _mm512_permutex2var_ps(low, _mm512_add_epi32(order, int_all(8)), high));
   }
 
   static I load_64(const void* from) { return _mm512_loadu_si512(from); }
@@ -70,6 +135,8 @@ struct Simd {
     __builtin_memcpy(&value, from, 4);
     return _mm512_set1_epi32(value);
   }
+  static void store_64(void* to, I a) { _mm512_storeu_si512(to, a); }
+  static I flip_signs(I a) { return _mm512_xor_si512(a, _mm512_set1_epi8(-128)); }  // of bytes: int8 + 128
   static I low_nibbles(I a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
   static I high_nibbles(I a) { return low_nibbles(_mm512_srli_epi16(a, 4)); }
   template <int kByte>
@@ -110,6 +177,12 @@ struct Simd {
   }
 
  private:
+  // The sums of pairs of lanes of a, then of b.
+  static F add_pairs(F a, F b) {
+    const I even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return add(_mm512_permutex2var_ps(a, even, b),
+               _mm512_permutex2var_ps(a, _mm512_add_epi32(even, int_all(1)), b));
+  }
   static __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
   static __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
   static void store_256(void* to, __m256i a) { _mm256_storeu_si256(static_cast<__m256i*>(to), a); }

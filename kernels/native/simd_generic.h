@@ -21,6 +21,7 @@ struct Simd {
 
   // The largest tile of a product that stays in registers: rows x panels of 16 columns.
   static constexpr int kRows = 4, kPanels = 1;
+  static constexpr bool kHasDot2 = false;  // whether dot_2 is one instruction
 
   static F zero() { return all(0); }
   static F all(float value) {
@@ -31,15 +32,21 @@ struct Simd {
     __builtin_memcpy(&a, from, sizeof a);
     return a;
   }
-  static F load_first(const float* from, int64_t count) {
-    F a = zero();
+  static F load_first(const float* from, int64_t count, float rest = 0) {
+    F a = all(rest);
     __builtin_memcpy(&a, from, count * sizeof(float));
     return a;
   }
-  static F load_bf16(const uint16_t* from) {
+  static F load(const uint16_t* from) {
     return each([from](int i) {
       const uint16_t* a = from + 4 * i;
       return (Floats)(Words{a[0], a[1], a[2], a[3]} << 16);
+    });
+  }
+  static F load(const int8_t* from) {
+    return each([from](int i) {
+      const int8_t* a = from + 4 * i;
+      return __builtin_convertvector((Ints{a[0], a[1], a[2], a[3]}), Floats);
     });
   }
   static F load_half(const uint16_t* from) {  // finite; without subnormal float32, which XLA's threads take for zero
@@ -54,7 +61,7 @@ struct Simd {
   }
   static void store(float* to, F a) { __builtin_memcpy(to, &a, sizeof a); }
   static void store_first(float* to, F a, int64_t count) { __builtin_memcpy(to, &a, count * sizeof(float)); }
-  static void store_bf16(uint16_t* to, F a) {
+  static void store(uint16_t* to, F a) {
     for (int i = 0; i < 16; ++i) {
       const Words bits = (Words)a.part[i / 4];
       to[i] = static_cast<uint16_t>((bits[i % 4] + 0x7fff + (bits[i % 4] >> 16 & 1)) >> 16);
@@ -101,6 +108,30 @@ struct Simd {
     return found;
   }
 
+  // Lane i of the result is the sum of all lanes of vectors[i], of 16.
+  static F sum_each(const F* vectors) {
+    F a;
+    for (int i = 0; i < 16; ++i) a.part[i / 4][i % 4] = sum(vectors[i]);
+    return a;
+  }
+  static F lane_numbers() {
+    return each([](int i) { return Floats{0, 1, 2, 3} + static_cast<float>(4 * i); });
+  }
+  // Bit i says whether lane i of a is at least b's; or not a number.
+  static uint32_t at_least(F a, F b) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 16; ++i) bits |= uint32_t{a.part[i / 4][i % 4] >= b.part[i / 4][i % 4]} << i;
+    return bits;
+  }
+  static uint32_t unordered(F a) { return ~at_least(a, a) & 0xffffu; }
+  // Lanes of a whose bit is set, and `rest` in the others.
+  static F choose(uint32_t bits, F a, F rest) {
+    return each([&](int i) {
+      const Words bit = Words{1, 2, 4, 8} << (4 * i);
+      return (bits & bit) != 0 ? a.part[i] : rest.part[i];
+    });
+  }
+
   static I int_zero() { return int_all(0); }
   static I int_all(int32_t value) {
     return each_int([value](int) { return Ints{value, value, value, value}; });
@@ -112,6 +143,9 @@ struct Simd {
     const Ints four = a.part[0] + a.part[1] + (a.part[2] + a.part[3]);
     return four[0] + four[1] + (four[2] + four[3]);
   }
+  static F as_floats(I a) {  // the same bits
+    return each([&](int i) { return (Floats)a.part[i]; });
+  }
   static F to_float(I a) {
     return each([&](int i) { return __builtin_convertvector(a.part[i], Floats); });
   }
@@ -120,6 +154,28 @@ struct Simd {
   }
   static F times_power_of_two(F a, I n) {
     return each([&](int i) { return (Floats)((Words)a.part[i] + ((Words)n.part[i] << 23)); });
+  }
+
+  // Column j of 16 rows of 16 words becomes row j, `stride` words further.
+  static void store_transposed(I* rows, float* to, int64_t stride) {
+    for (int j = 0; j < 16; ++j) {
+      for (int i = 0; i < 16; ++i) __builtin_memcpy(to + j * stride + i, &rows[i].part[j / 4][j % 4], sizeof(float));
+    }
+  }
+  // Words of the 16-bit numbers of a and b in turns: those of the lower and of the upper half of every 16 bytes.
+  static I interleave_low(I a, I b) {
+    return each_int([&](int i) { return in_turns(a.part[i], b.part[i], 0); });
+  }
+  static I interleave_high(I a, I b) {
+    return each_int([&](int i) { return in_turns(a.part[i], b.part[i], 2); });
+  }
+  // From words in the order of those to 16 and 16 in the order of memory.
+  static void store_interleaved(float* first, float* second, F low, F high) {
+    for (int i = 0; i < 4; ++i) {
+      float* to = (i < 2 ? first : second) + i % 2 * 8;
+      __builtin_memcpy(to, &low.part[i], sizeof(Floats));
+      __builtin_memcpy(to + 4, &high.part[i], sizeof(Floats));
+    }
   }
 
   static I load_64(const void* from) {
@@ -131,6 +187,10 @@ struct Simd {
     int32_t value;
     __builtin_memcpy(&value, from, 4);
     return int_all(value);
+  }
+  static void store_64(void* to, I a) { __builtin_memcpy(to, &a, sizeof a); }
+  static I flip_signs(I a) {  // of bytes: int8 + 128
+    return each_int([&](int i) { return (Ints)((Words)a.part[i] ^ 0x80808080u); });
   }
   static I low_nibbles(I a) {
     return each_int([&](int i) { return a.part[i] & 0x0f0f0f0f; });
@@ -167,6 +227,13 @@ struct Simd {
   __attribute__((always_inline)) static void prefetch(const void* from) { __builtin_prefetch(from, 0, 2); }
 
  private:
+  static Ints in_turns(Ints a, Ints b, int first) {
+    const auto word = [&](int i) {
+      const uint32_t x = static_cast<uint32_t>(a[first + i / 2]), y = static_cast<uint32_t>(b[first + i / 2]);
+      return static_cast<int32_t>(i % 2 == 0 ? (x & 0xffffu) | y << 16 : x >> 16 | (y & 0xffff0000u));
+    };
+    return Ints{word(0), word(1), word(2), word(3)};
+  }
   template <typename Part>
   static F each(Part part) {
     return {{part(0), part(1), part(2), part(3)}};

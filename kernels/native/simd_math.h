@@ -13,8 +13,9 @@ inline Simd::F polynomial(const float (&terms)[kCount], Simd::F x) {
   return sum;
 }
 
-// e^x within 2 ulp; x is clamped to where the result is a normal number. (Cephes' expf.)
+// e^x within 2 ulp for x up to 88, and as for 88 above; 0 below -87, as for minus infinity. (Cephes' expf.)
 inline Simd::F exp(Simd::F x) {
+  const uint32_t normal = Simd::at_least(x, Simd::all(-87.0f));
   x = Simd::min(Simd::max(x, Simd::all(-87.0f)), Simd::all(88.0f));
   const Simd::I n = Simd::nearest(Simd::mul(x, Simd::all(1.44269504f)));
   const Simd::F whole = Simd::to_float(n);
@@ -24,12 +25,18 @@ inline Simd::F exp(Simd::F x) {
                               4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
   Simd::F sum = polynomial(kTerms, r);
   sum = Simd::fma(Simd::mul(r, r), sum, Simd::add(r, Simd::all(1.0f)));
-  return Simd::times_power_of_two(sum, n);
+  return Simd::choose(normal, Simd::times_power_of_two(sum, n), Simd::zero());
 }
 
 inline Simd::F sigmoid(Simd::F x) {
   const Simd::F one = Simd::all(1.0f);
   return Simd::div(one, Simd::add(one, exp(Simd::sub(Simd::zero(), x))));
+}
+
+// 1 - 2 / (e^2x + 1), within 2e-7, absolute.
+inline Simd::F tanh(Simd::F x) {
+  const Simd::F one = Simd::all(1.0f);
+  return Simd::sub(one, Simd::div(Simd::all(2.0f), Simd::add(exp(Simd::add(x, x)), one)));
 }
 
 // The error function within 2e-7, absolute. (Abramowitz and Stegun 7.1.26.)

@@ -2,7 +2,7 @@
 
 from distaff.kernels.paged_attention.batch import StepBatch, batch_shapes
 from distaff.kernels.paged_attention.operation import call_attributes, paged_attention
-from distaff.kernels.paged_attention.pages import gather_pages, read_context, write_pages
+from distaff.kernels.paged_attention.pages import gather_pages, pool_shape, read_context, row_shape, write_pages
 from distaff.kernels.paged_attention.rotary import Rotary, RotaryTables
 from distaff.kernels.paged_attention.spec import AttentionSpec
 
@@ -15,6 +15,8 @@ __all__ = [
     "call_attributes",
     "gather_pages",
     "paged_attention",
+    "pool_shape",
     "read_context",
+    "row_shape",
     "write_pages",
 ]

@@ -1,7 +1,7 @@
 """Paged attention on CPUs: one call of the C++ kernel (``kernels/native/attention*``) writes, turns and attends.
 
-Pools of bfloat16 (as bits) and float32 are updated in place. Where a pool holds bfloat16, prompts are computed with
-queries and weights rounded to it on processors that have its dot product.
+Pools of float32, bfloat16 (as bits) and int8 are updated in place. Where a pool holds bfloat16, queries and weights are
+rounded to it on processors that have its dot product, and in prompts where a pool holds int8.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import numpy as np
 
 from distaff.kernels import native
 from distaff.kernels.paged_attention.batch import StepBatch
+from distaff.kernels.paged_attention.pages import row_shape
 from distaff.kernels.paged_attention.rotary import RotaryTables
 from distaff.kernels.paged_attention.spec import AttentionSpec
 from distaff.kernels.registry import Attributes, register
 
-_POOLS = ("float32", "uint16")
+_POOLS = ("float32", "uint16", "int8")
 _ROWS = ("float32", "bfloat16")
-_WIDEST_TURNED = 1024  # kMostTurned in attention.h
+_MOST_VALUES = 1024  # kMostValues in attention.h
 
 
 def refuses(attributes: Attributes) -> str | None:
@@ -35,8 +36,10 @@ def refuses(attributes: Attributes) -> str | None:
         return f"keeps keys and values in {' or '.join(_POOLS)}, not {', '.join(sorted(other))}"
     if other := {attributes["dtype"], *attributes["rows_dtypes"]} - set(_ROWS):
         return f"takes rows in {' or '.join(_ROWS)}, not {', '.join(sorted(other))}"
-    if spec.rotary is not None and attributes["key_size"] > _WIDEST_TURNED:
-        return f"turns heads of at most {_WIDEST_TURNED} values, not {attributes['key_size']}"
+    if len(set(attributes["pages_dtypes"])) > 1 and "int8" in attributes["pages_dtypes"]:
+        return "keeps keys and values both in int8 or neither"
+    if (size := max(attributes["key_size"], attributes["value_size"])) > _MOST_VALUES:
+        return f"takes heads of at most {_MOST_VALUES} values, not {size}"
     return None
 
 
@@ -69,7 +72,7 @@ def attention(
         "window": np.int32(spec.window or 0),
         "interleaved": np.int32(spec.rotary is not None and spec.rotary.kind == "interleaved"),
     }
-    output = jax.ShapeDtypeStruct((*q.shape[:2], (k_pages if v_pages is None else v_pages).shape[4]), q.dtype)
+    output = jax.ShapeDtypeStruct((*q.shape[:2], row_shape(k_pages if v_pages is None else v_pages)[1]), q.dtype)
     if v is None or v_pages is None:
         results, aliases, name = (output, _like(k_pages)), {2: 1}, "distaff_paged_attention_one_pool"
         attended, k_pages = jax.ffi.ffi_call(name, results, input_output_aliases=aliases)(*operands, **attributes)

@@ -7,6 +7,7 @@ from typing import Any, cast
 import jax
 
 from distaff.kernels.paged_attention.batch import StepBatch
+from distaff.kernels.paged_attention.pages import row_shape
 from distaff.kernels.paged_attention.rotary import RotaryTables
 from distaff.kernels.paged_attention.spec import AttentionSpec
 from distaff.kernels.registry import choose, usual_calls
@@ -29,11 +30,11 @@ def paged_attention(
     """Writes a step's keys and values into the pages, then attends with every token over its request's pages.
 
     ``k[T, KV, D]`` and ``v[T, KV, Dv]`` go to ``batch.slots`` of ``k_pages[L, P, page, KV, D]`` and ``v_pages[L, P,
-    page, KV, Dv]`` at ``layer``, a number or a traced scalar; ``q[T, H, D]`` against them gives ``[T, H, Dv]`` in q's
-    dtype, computed in float32 (products at jax's default precision; a kernel may round queries and weights to
-    bfloat16 where the pages hold that). Returns it and both pools, which are updated in place if they are donated to
-    the program. If ``k_pages is v_pages``, keys are values too: ``v`` is not looked at, and both pools returned are
-    the same array.
+    page, KV, Dv]`` at ``layer``, a number or a traced scalar (heads in int8 pools have `STEP_BYTES` more);
+    ``q[T, H, D]`` against them gives ``[T, H, Dv]`` in q's dtype, computed in float32 (products at jax's default
+    precision; a kernel may round queries and weights to bfloat16 where the pages hold that or int8). Returns it and
+    both pools, which are updated in place if they are donated to the program. If ``k_pages is v_pages``, keys are
+    values too: ``v`` is not looked at, and both pools returned are the same array.
 
     H is a multiple of KV, and head h reads key-value head ``h // (H / KV)``. ``sinks[H]`` are scores of one more
     softmax column per head that has no value. ``rotary`` are the tables cos and sin, float32 ``[P, size]``, that
@@ -46,8 +47,8 @@ def paged_attention(
     """
     _check(spec, q, k, k_pages, v_pages, batch, sinks, rotary)
     shared = v_pages is k_pages
-    if not shared and v.shape != (*k.shape[:2], v_pages.shape[4]):
-        raise ValueError(f"v{list(v.shape)} must be as k{list(k.shape)} but for {v_pages.shape[4]} values a head")
+    if not shared and v.shape != (*k.shape[:2], row_shape(v_pages)[1]):
+        raise ValueError(f"v{list(v.shape)} must be as k{list(k.shape)} but for {row_shape(v_pages)[1]} values a head")
     attributes = call_attributes(spec, q, k, v, k_pages, v_pages, batch)
     implementation = choose("paged_attention", platform or jax.default_backend(), attributes)
     rows, pools = (k, None if shared else v), (k_pages, None if shared else v_pages)
@@ -71,8 +72,8 @@ def call_attributes(
         "requests": batch.contexts.shape[0],
         "heads": q.shape[1],
         "kv_heads": k_pages.shape[3],
-        "key_size": k_pages.shape[4],
-        "value_size": v_pages.shape[4],
+        "key_size": row_shape(k_pages)[1],
+        "value_size": row_shape(v_pages)[1],
         "page_size": k_pages.shape[2],
         "dtype": str(q.dtype),
         "rows_dtypes": (str(k.dtype), str((k if v_pages is k_pages else v).dtype)),
@@ -109,7 +110,7 @@ def _check(
     if (q.ndim, k_pages.ndim, v_pages.ndim) != (3, 5, 5):
         raise ValueError(f"{shapes} must be q[T, H, D] and pages[L, P, page, KV, D]")
     tokens, heads, size = q.shape
-    if k_pages.shape[:4] != v_pages.shape[:4] or k_pages.shape[4] != size:
+    if k_pages.shape[:4] != v_pages.shape[:4] or row_shape(k_pages)[1] != size:
         raise ValueError(f"{shapes}: pages must agree in all but the last size, and keys be as wide as queries")
     if heads % k_pages.shape[3]:
         raise ValueError(f"{shapes}: {heads} query heads are not a multiple of {k_pages.shape[3]} key-value heads")

@@ -30,7 +30,7 @@ import numpy as np
 from jax import lax
 
 from distaff.kernels.paged_attention.batch import StepBatch
-from distaff.kernels.paged_attention.pages import gather_pages
+from distaff.kernels.paged_attention.pages import gather_pages, row_shape
 from distaff.kernels.paged_attention.rotary import RotaryTables
 from distaff.kernels.paged_attention.rows import prepare_rows
 from distaff.kernels.paged_attention.spec import LOWEST, AttentionSpec
@@ -151,7 +151,8 @@ class _Call:
             highest, total = jnp.full(each, LOWEST, jnp.float32), jnp.zeros(each, jnp.float32)
         else:
             highest, total = rows(self.sinks[:, None].astype(jnp.float32)), jnp.ones(each, jnp.float32)
-        weighted = jnp.zeros((*queries.shape[:2], self.v_pages.shape[3] // parts * self.v_pages.shape[4]), jnp.float32)
+        kv_heads, value_size = row_shape(self.v_pages)
+        weighted = jnp.zeros((*queries.shape[:2], kv_heads // parts * value_size), jnp.float32)
         first, end = span
         _, total, weighted = lax.fori_loop(first // chunk, (end + chunk - 1) // chunk, step, (highest, total, weighted))
         output: jax.Array = weighted / jnp.where(total > 0, total, 1)
@@ -171,7 +172,7 @@ def _decode(call: _Call, q: jax.Array, batch: StepBatch, decodes: jax.Array) -> 
     tokens, heads, _ = q.shape
     rows = min(tokens, batch.contexts.shape[0])
     size = min(rows, call.blocks.decode_rows)
-    kv_heads, value_size = call.v_pages.shape[3:]
+    kv_heads, value_size = row_shape(call.v_pages)
     groups = heads // kv_heads
     most = max(1, call.blocks.folded_heads // groups)
     fold = max(f for f in range(1, kv_heads + 1) if kv_heads % f == 0 and f <= most)
@@ -208,7 +209,7 @@ def _prefill(call: _Call, q: jax.Array, batch: StepBatch, output: jax.Array) -> 
     """Fills in the tokens after the decodes, a block of at most ``prefill_queries`` tokens of one row at a time."""
     tokens, heads, _ = q.shape
     size = min(tokens, call.blocks.prefill_queries)
-    kv_heads, value_size = call.v_pages.shape[3:]
+    kv_heads, value_size = row_shape(call.v_pages)
 
     def layout(array: jax.Array) -> jax.Array:
         grouped = array.reshape(size, kv_heads, heads // kv_heads, -1)

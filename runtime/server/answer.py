@@ -5,10 +5,11 @@ from __future__ import annotations
 import abc
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 from distaff.runtime.outputs import CompletionOutput, RequestOutput
+from distaff.runtime.server.config import ServerConfig
 from distaff.runtime.server.errors import ApiError
 from distaff.runtime.server.logprobs import TokenNames
 from distaff.runtime.server.output_stream import OutputStream
@@ -19,18 +20,17 @@ RequestT = TypeVar("RequestT", bound=GenerationRequest)
 
 @dataclasses.dataclass
 class Usage:
-    """Token counts of one HTTP request, summed over its prompts and choices."""
+    """Token counts of one HTTP request, summed over its prompts and choices; cached ones are told ``with_details``."""
 
+    with_details: bool
     prompt: dict[int, int] = dataclasses.field(default_factory=dict)
     cached: dict[int, int] = dataclasses.field(default_factory=dict)
     completion: int = 0
 
-    def add(self, prompt_index: int, output: RequestOutput, prompt_only: bool) -> None:
-        """Counts what is new in an output."""
+    def add_prompt(self, prompt_index: int, output: RequestOutput) -> None:
+        """Counts the prompt of an output."""
         self.prompt[prompt_index] = len(output.prompt_token_ids)
         self.cached[prompt_index] = output.num_cached_tokens
-        if not prompt_only:
-            self.completion += sum(len(completion.token_ids) for completion in output.outputs)
 
     def as_json(self) -> dict[str, Any]:
         """OpenAI's usage object."""
@@ -39,7 +39,7 @@ class Usage:
             "prompt_tokens": prompt,
             "completion_tokens": self.completion,
             "total_tokens": prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
+            "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())} if self.with_details else None,
         }
 
 
@@ -49,21 +49,30 @@ class Answer(abc.ABC, Generic[RequestT]):
     object_name: ClassVar[str]
     chunk_object_name: ClassVar[str]
 
-    def __init__(self, request: RequestT, answer_id: str, model: str, names: TokenNames) -> None:
+    def __init__(self, request: RequestT, answer_id: str, model: str, names: TokenNames, config: ServerConfig) -> None:
         self.request = request
         self.names = names
         self._envelope = {"id": answer_id, "created": int(time.time()), "model": model}
-        self._usage = Usage()
+        self._usage = Usage(config.enable_prompt_tokens_details)
+        options = request.stream_options
+        forced = config.enable_force_include_usage
+        self._with_usage = forced or (options is not None and options.include_usage)
+        self._usage_always = forced or (options is not None and options.continuous_usage_stats)
+        self._opened: set[int] = set()  # choices of a stream
 
     @abc.abstractmethod
     def choice(self, index: int, prompt_index: int, output: RequestOutput, completion: CompletionOutput) -> Any:
         """A finished choice; ``index`` is its number in the response."""
 
     @abc.abstractmethod
-    def deltas(
-        self, index: int, prompt_index: int, output: RequestOutput, completion: CompletionOutput
-    ) -> Iterator[dict[str, Any]]:
-        """The choice of each chunk that a new piece of a completion needs."""
+    def delta(
+        self, index: int, prompt_index: int, output: RequestOutput, completion: CompletionOutput, first: bool
+    ) -> dict[str, Any]:
+        """A new piece of a choice in a stream, the ``first`` or a later one."""
+
+    def opening(self, index: int, output: RequestOutput) -> dict[str, Any] | None:
+        """Fields of a chunk that goes before the first piece of a choice."""
+        return None
 
     def extras(self, output: RequestOutput) -> dict[str, Any]:
         """Further fields of a whole response."""
@@ -73,32 +82,45 @@ class Answer(abc.ABC, Generic[RequestT]):
         """The body of a response that is not streamed, from the final output of each prompt."""
         choices: list[Any] = []
         for prompt_index, output in enumerate(outputs):
-            self._count(prompt_index, output)
+            self._take(prompt_index, output)
             for completion in sorted(output.outputs, key=lambda completion: completion.index):
+                self._count(completion)
                 choices.append(self.choice(len(choices), prompt_index, output, completion))
-        fields = {"object": self.object_name, "choices": choices, "usage": self._usage.as_json()}
+        fields: dict[str, Any] = {"object": self.object_name, "choices": choices, "usage": self._usage.as_json()}
+        fields |= {"service_tier": None, "system_fingerprint": None}
         return self._envelope | fields | self.extras(outputs[0])
 
     async def chunks(self, outputs: OutputStream) -> AsyncGenerator[dict[str, Any]]:
         """The chunks of a stream; the last one holds the usage if that was asked for."""
-        options = self.request.stream_options
-        with_usage = options is not None and options.include_usage
-        always = with_usage and options is not None and options.continuous_usage_stats
         envelope = self._envelope | {"object": self.chunk_object_name}
         async for prompt_index, output in outputs:
-            self._count(prompt_index, output)
-            usage = {"usage": self._usage.as_json() if always else None} if with_usage else {}
+            self._take(prompt_index, output)
             for completion in output.outputs:
                 index = prompt_index * self.request.n + completion.index
-                for delta in self.deltas(index, prompt_index, output, completion):
-                    yield envelope | {"choices": [delta]} | usage
-        if with_usage:
+                first = index not in self._opened
+                self._opened.add(index)
+                if first and (opening := self.opening(index, output)) is not None:
+                    yield envelope | opening | self._chunk_usage()
+                self._count(completion)
+                delta = self.delta(index, prompt_index, output, completion, first)
+                yield envelope | {"choices": [delta]} | self._chunk_usage()
+        if self._with_usage:
             yield envelope | {"choices": [], "usage": self._usage.as_json()}
 
-    def _count(self, prompt_index: int, output: RequestOutput) -> None:
+    def _chunk_usage(self) -> dict[str, Any]:
+        if not self._with_usage:
+            return {}
+        return {"usage": self._usage.as_json() if self._usage_always else None}
+
+    def _take(self, prompt_index: int, output: RequestOutput) -> None:
         if output.error is not None or any(completion.finish_reason == "error" for completion in output.outputs):
-            raise ApiError(500, output.error or "Generation failed.", type="server_error", code="generation_failed")
-        self._usage.add(prompt_index, output, self.request.prompt_only)
+            message = f"Internal server error: {output.error or 'generation failed'}"
+            raise ApiError(500, message, type="server_error", code="generation_failed")
+        self._usage.add_prompt(prompt_index, output)
+
+    def _count(self, completion: CompletionOutput) -> None:
+        if not self.request.prompt_only:
+            self._usage.completion += len(completion.token_ids)
 
 
 def ending(completion: CompletionOutput) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def build_app(engine: EngineClient, config: ServerConfig, metrics: PrometheusSta
         return Route(path, reporting_errors(endpoint), methods=list(methods))
 
     middleware = [
-        Middleware(RequestId),
+        Middleware(RequestId, answers=config.enable_request_id_headers),
         Middleware(count.wrap),
         Middleware(
             CORSMiddleware,
@@ -105,12 +105,18 @@ def build_app(engine: EngineClient, config: ServerConfig, metrics: PrometheusSta
     ]
     if config.api_keys:
         middleware.append(Middleware(Authentication, api_keys=config.api_keys))
+    if config.enable_tokenizer_info_endpoint:
+        optional = [route("/tokenizer_info", generation.tokenizer_info, "GET")]
+    else:
+        optional = []
     return Starlette(
         routes=[
+            *optional,
             route("/v1/models", about.models, "GET"),
             route("/v1/models/{name:path}", about.model, "GET"),
             route("/v1/completions", generation.completions, "POST"),
             route("/v1/chat/completions", generation.chat_completions, "POST"),
+            route("/invocations", generation.invocations, "POST"),
             route("/tokenize", generation.tokenize, "POST"),
             route("/detokenize", generation.detokenize, "POST"),
             route("/health", about.health, "GET"),

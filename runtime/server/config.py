@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from distaff.compiler.artifact import Manifest
 from distaff.runtime.outputs import RequestOutput
@@ -19,8 +19,13 @@ class ServerConfig:
 
     ``served_model_names``: names that requests may use; the first one stands in responses and metrics.
     ``api_keys``: if not empty, paths under ``/v1`` need one as ``Authorization: Bearer``.
-    ``chat_template``: Jinja source that replaces the model's own.
-    ``use_generation_config``: take sampling defaults from the model's ``generation_config.json``.
+    ``chat_template``: Jinja source that replaces the model's own; ``default_chat_template_kwargs`` are variables for it
+    that requests may override.
+    ``response_role``: the role of answers that a request does not continue.
+    ``use_generation_config``: take sampling defaults from the model's ``generation_config.json``;
+    ``override_generation_config`` goes before it, and its ``max_new_tokens`` is also the most that requests may have.
+    ``enable_prompt_tokens_details``: tell how many prompt tokens were cached.
+    ``enable_force_include_usage``: tell usage in every chunk of every stream.
     ``max_body_bytes``: larger request bodies are refused with 413.
     ``shutdown_grace_seconds``: how long running requests may go on after SIGTERM.
     """
@@ -29,9 +34,16 @@ class ServerConfig:
     api_keys: Sequence[str] = ()
     chat_template: str | None = None
     trust_request_chat_template: bool = False
+    default_chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    response_role: str = "assistant"
     use_generation_config: bool = True
+    override_generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     priority_scheduling: bool = False
     return_tokens_as_token_ids: bool = False
+    enable_prompt_tokens_details: bool = False
+    enable_force_include_usage: bool = False
+    enable_request_id_headers: bool = False
+    enable_tokenizer_info_endpoint: bool = False
     enable_log_requests: bool = False
     allowed_origins: Sequence[str] = ("*",)
     allowed_methods: Sequence[str] = ("*",)

@@ -18,6 +18,13 @@ from distaff.runtime.server.output_stream import OutputStream
 T = TypeVar("T")
 
 
+def check_json_type(content_type: str | None) -> None:
+    """Raises 415 for a body that says that it is no JSON; one that does not say passes."""
+    media_type = (content_type or "").partition(";")[0].strip().lower()
+    if media_type and media_type != "application/json" and not media_type.endswith("+json"):
+        raise ApiError(415, f"The body must be application/json, not {media_type}.", code="unsupported_media_type")
+
+
 async def read_body(request: Request, max_bytes: int) -> bytes:
     """The request's body; 413 as soon as it is known to be too large."""
     body = bytearray()

@@ -88,7 +88,9 @@ def _mismatch(path: str, wanted: str, value: object) -> Exception:
 
 
 def boolean(value: Any, path: str) -> bool:
-    """true or false."""
+    """true or false; as in vLLM also the words "true" and "false"."""
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
     if not isinstance(value, bool):
         raise _mismatch(path, "a boolean", value)
     return value
@@ -103,7 +105,9 @@ def integer(low: int = INT64_MIN, high: int = INT64_MAX) -> Check:
         if isinstance(value, float) and not value.is_integer():
             raise bad_request(path, f"`{path}` must be an integer; {value} is not whole.")
         if not low <= value <= high:
-            raise bad_request(path, f"`{path}` must be between {low} and {high}.")
+            words, limit = ("greater than or equal", low) if value < low else ("less than or equal", high)
+            code = words.replace(" or ", " ").replace(" ", "_")  # pydantic's name, which clients of vLLM look for
+            raise bad_request(path, f"`{path}` must be {words} to {limit} ({code}).", code)
         return int(value)
 
     return check

@@ -14,7 +14,7 @@ from distaff.runtime.server.answer import Answer
 from distaff.runtime.server.chat import ChatAnswer
 from distaff.runtime.server.completions import CompletionAnswer
 from distaff.runtime.server.config import EngineClient, ServerConfig
-from distaff.runtime.server.connection import EventStream, read_body, while_connected
+from distaff.runtime.server.connection import EventStream, check_json_type, read_body, while_connected
 from distaff.runtime.server.errors import bad_request, no_such_model
 from distaff.runtime.server.fields import parse, parse_json
 from distaff.runtime.server.logprobs import TokenNames
@@ -47,6 +47,16 @@ class Generation:
         """``POST /v1/chat/completions``."""
         return await self._connected(http, self._chat)
 
+    async def invocations(self, http: Request) -> Response:
+        """``POST /invocations``, SageMaker's one path: a chat or a completion, whichever the body is."""
+        return await self._connected(http, self._invoke)
+
+    async def tokenizer_info(self, http: Request) -> Response:
+        """``GET /tokenizer_info``: what the tokenizer's files say, and the chat template in use."""
+        tokenizer = self._prompts.tokenizer_for("tokenizer")
+        template = self._config.chat_template or tokenizer.chat_template
+        return JSONResponse(tokenizer.info() | {"chat_template": template})
+
     async def tokenize(self, http: Request) -> Response:
         """``POST /tokenize``."""
         return await self._connected(http, self._tokenize)
@@ -59,8 +69,13 @@ class Generation:
         self, http: Request, respond: Callable[[Request, Any], Coroutine[Any, Any, Response]]
     ) -> Response:
         """What ``respond`` makes of the body, unless the client goes away first."""
+        check_json_type(http.headers.get("content-type"))
         body = parse_json(await read_body(http, self._config.max_body_bytes))
         return await while_connected(http.receive, respond(http, body))
+
+    async def _invoke(self, http: Request, body: Any) -> Response:
+        chat = isinstance(body, dict) and body.get("messages") is not None
+        return await (self._chat if chat else self._complete)(http, body)
 
     async def _complete(self, http: Request, body: Any) -> Response:
         request = parse(CompletionRequest, body)
@@ -70,9 +85,9 @@ class Generation:
             text = given if isinstance(given, str) else None
             ids = given if not isinstance(given, str) else await self._prompts.encode(given, request.add_special_tokens)
             prompts.append(self._prompts.fitted(request, ids, text))
-        texts = [self._echoed(prompt) if request.echo else "" for prompt in prompts]
+        texts = [self._echoed(request, prompt) if request.echo else "" for prompt in prompts]
         answer_id = _answer_id("cmpl", http, request)
-        answer = CompletionAnswer(request, answer_id, model, self._names(request), texts)
+        answer = CompletionAnswer(request, answer_id, model, self._names(request), self._config, texts)
         return await self._respond(request, prompts, answer_id, answer)
 
     async def _chat(self, http: Request, body: Any) -> Response:
@@ -82,7 +97,7 @@ class Generation:
         ids = await self._prompts.encode(text, request.add_special_tokens, "messages")
         prompt = self._prompts.fitted(request, ids, text)
         answer_id = _answer_id("chatcmpl", http, request)
-        answer = ChatAnswer(request, answer_id, model, self._names(request))
+        answer = ChatAnswer(request, answer_id, model, self._names(request), self._config)
         return await self._respond(request, [prompt], answer_id, answer)
 
     async def _respond(
@@ -113,10 +128,10 @@ class Generation:
         return EventStream(answer.chunks(outputs), outputs)
 
     def _model(self, name: str | None) -> str:
-        """The name to answer with; 404 for a model that is not served here. No name stands for the one that is."""
-        if name is not None and name not in self._config.served_model_names:
+        """The name to answer with, the first; 404 for a model that is not served here. No name stands for that one."""
+        if name and name not in self._config.served_model_names:
             raise no_such_model(name)
-        return name or self._config.served_model_names[0]
+        return self._config.served_model_names[0]
 
     def _check(self, request: GenerationRequest) -> str:
         model = self._model(request.model)
@@ -130,9 +145,11 @@ class Generation:
             self._prompts.tokenizer, self._config.return_tokens_as_token_ids if as_ids is None else as_ids
         )
 
-    def _echoed(self, prompt: Prompt) -> str:
+    def _echoed(self, request: CompletionRequest, prompt: Prompt) -> str:
         if prompt.text is not None:
             return prompt.text
+        if self._prompts.tokenizer is None and request.return_token_ids:
+            return ""  # the prompt goes back as token ids
         return self._prompts.tokenizer_for("echo").decode(prompt.token_ids, skip_special_tokens=False)
 
     async def _tokenize(self, http: Request, body: Any) -> Response:
@@ -153,7 +170,7 @@ class Generation:
         self._model(request.model)
         size = self._engine.manifest.vocab_size
         if request.tokens and max(request.tokens) >= size:
-            raise bad_request("tokens", f"Token id {max(request.tokens)} is out of the vocabulary of {size} tokens.")
+            raise bad_request("tokens", f"Token id {max(request.tokens)} is out of vocabulary ({size} tokens).")
         return JSONResponse({"prompt": self._prompts.tokenizer_for("tokens").decode(request.tokens, False)})
 
 

@@ -6,7 +6,7 @@ Source: https://docs.vllm.ai/en/stable/usage/metrics/
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -63,6 +63,12 @@ class PrometheusStatLogger:
     def _make_state(self) -> None:
         self._running = self._gauge("num_requests_running", "Requests in model execution batches.")
         self._waiting = self._gauge("num_requests_waiting", "Requests waiting to be processed.")
+        self._waiting_for_room = Gauge(
+            "vllm:num_requests_waiting_by_reason",
+            "Requests waiting to be processed, by what they wait for.",
+            (*self._labels, "reason"),
+            registry=self.registry,
+        ).labels(**self._labels, reason="capacity")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.")
         self._compiles = self._gauge("programs_compiled", "Programs compiled since the engine started.", "distaff")
         self._cache_queries = self._counter("prefix_cache_queries", "Prefix cache queries, in tokens.")
@@ -96,6 +102,9 @@ class PrometheusStatLogger:
         self._max_output = self._histogram(
             "request_max_num_generation_tokens", "Most tokens that a request could generate.", lengths
         )
+        self._preempted = self._histogram(
+            "request_num_preemptions", "Preemptions of a request.", (0, 1, 2, 5, 10, 20, 50, 100)
+        )
         self._n = self._histogram("request_params_n", "The n parameter.", (1, 2, 5, 10, 20))
         self._max_tokens = self._histogram("request_params_max_tokens", "The max_tokens parameter.", lengths)
 
@@ -112,10 +121,17 @@ class PrometheusStatLogger:
     def _bound(self, metric: MetricT) -> MetricT:
         return metric.labels(**self._labels)
 
+    def set_cache_config(self, **settings: Any) -> None:
+        """Tells about the KV cache in the labels of ``vllm:cache_config_info``; to be called once."""
+        labels = {"engine": self._labels["engine"]} | {name: str(value) for name, value in settings.items()}
+        info = Gauge("vllm:cache_config_info", "Settings of the KV cache.", tuple(labels), registry=self.registry)
+        info.labels(**labels).set(1)
+
     def set_gauges(self, stats: StepStats) -> None:
         """What is the case now; requests may come and go between steps."""
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
+        self._waiting_for_room.set(stats.waiting)
         self._kv_usage.set(stats.kv_usage)
         self._compiles.set(stats.compiles)
 
@@ -143,6 +159,7 @@ class PrometheusStatLogger:
         self._request_prompt.observe(stats.prompt_tokens)
         self._request_output.observe(stats.generation_tokens)
         self._n.observe(stats.n)
+        self._preempted.observe(stats.preemptions)
         if stats.max_tokens is not None:
             self._max_tokens.observe(stats.max_tokens)
             self._max_output.observe(stats.max_tokens)

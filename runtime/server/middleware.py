@@ -18,7 +18,9 @@ _METHODS = frozenset(("GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"
 
 
 class Authentication:
-    """Paths under ``/v1`` need one of the keys as ``Authorization: Bearer <key>``; others, and CORS preflights, do not.
+    """Paths under ``/v1``, and ``/invocations``, need one of the keys as ``Authorization: Bearer <key>``.
+
+    Others, and CORS preflights, do not.
 
     Keys are compared as digests in constant time.
     """
@@ -53,17 +55,21 @@ def _digest(key: str) -> bytes:
 
 def _is_guarded(scope: Scope) -> bool:
     path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-    return path == "/v1" or path.startswith("/v1/")
+    return path in ("/v1", "/invocations") or path.startswith("/v1/")
 
 
 class RequestId:
-    """Every response carries ``X-Request-Id``: the client's own if it sent a printable one, else a new one."""
+    """Takes over ``X-Request-Id`` if the client sent a printable one.
 
-    def __init__(self, app: ASGIApp) -> None:
+    With ``answers`` every response carries the header, with a new id where there was none.
+    """
+
+    def __init__(self, app: ASGIApp, answers: bool) -> None:
         self._app = app
+        self._answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Adds the header."""
+        """Notes the id, and adds the header."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -77,7 +83,7 @@ class RequestId:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        await self._app(scope, receive, send_with_id if self._answers else send)
 
 
 class RequestCount:

@@ -35,7 +35,8 @@ class PromptProcessor:
         except TokenizerError:
             self.tokenizer = None
         recommended = self.tokenizer.generation_config if config.use_generation_config and self.tokenizer else {}
-        self.model_defaults: Mapping[str, Any] = recommended
+        self.model_defaults: Mapping[str, Any] = {**recommended, **config.override_generation_config}
+        self._most_tokens: int | None = config.override_generation_config.get("max_new_tokens")
 
     def tokenizer_for(self, param: str) -> Tokenizer:
         """The model's tokenizer; 400 for the field that needs it if there is none."""
@@ -60,7 +61,7 @@ class PromptProcessor:
             add_generation_prompt=chat.opens_answer,
             continue_final_message=chat.continue_final_message,
             chat_template=chat.chat_template or self._config.chat_template,
-            **chat.template_kwargs,
+            **{**self._config.default_chat_template_kwargs, **chat.template_kwargs},
         )
         try:
             return await asyncio.to_thread(render)
@@ -78,20 +79,23 @@ class PromptProcessor:
         keep = request.truncate_prompt_tokens
         if keep is not None:
             keep = limit - (1 if wanted is None else wanted) if keep == -1 else keep
-            token_ids, text = (token_ids[-keep:], None) if 0 < keep < len(token_ids) else (token_ids, text)
+            if 0 < keep < len(token_ids):
+                token_ids, text = (token_ids[:keep] if request.truncation_side == "right" else token_ids[-keep:]), None
         self._check_ids(token_ids)
         if len(token_ids) + (1 if wanted is None else wanted) > limit:
             raise _too_long(limit, len(token_ids), wanted)
         if wanted is None:
             wanted = min(limit - len(token_ids), self.model_defaults.get("max_new_tokens") or limit)
+        if self._most_tokens is not None:
+            wanted = min(wanted, self._most_tokens)
         return Prompt(list(token_ids), text, wanted)
 
     def _check_ids(self, token_ids: Sequence[int]) -> None:
         if not token_ids:
-            raise bad_request("prompt", "The prompt is empty: it must have at least one token.")
+            raise bad_request("prompt", "The decoder prompt cannot be empty: it must have at least one token.")
         size = self._engine.manifest.vocab_size
         if max(token_ids) >= size:
-            raise bad_request("prompt", f"Token id {max(token_ids)} is out of the vocabulary of {size} tokens.")
+            raise bad_request("prompt", f"Token id {max(token_ids)} is out of vocabulary ({size} tokens).")
 
 
 def _too_long(limit: int, prompt_tokens: int, wanted: int | None) -> ApiError:

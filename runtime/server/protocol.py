@@ -20,6 +20,7 @@ from distaff.runtime.server.fields import (
     mapping,
     nested,
     number,
+    one_of,
     optional,
     required,
     string,
@@ -32,6 +33,9 @@ from distaff.runtime.server.messages import message, template_variables, tool
 MAX_COMPLETIONS = 1024  # prompts times n in one request
 
 _NO_STRUCTURED_OUTPUT = "structured output is not available yet."
+_NO_REASONING = "there is no parser for reasoning yet."
+_NO_TRANSFER = "serving is not disaggregated yet."
+_NO_MEDIA = "this model takes and gives text only."
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -51,12 +55,10 @@ def _response_format(value: Any, path: str) -> None:
 
 
 def _logit_bias(value: Any, path: str) -> Mapping[int, float]:
-    bias = {}
-    for key, entry in mapping(value, path).items():
-        if not (key.isascii() and key.isdecimal() and len(key) < 12):
-            raise bad_request(path, f"`{path}` maps token ids to numbers; {key[:40]!r} is no token id.")
-        bias[int(key)] = number(entry, f"{path}.{key}")
-    return bias
+    given = mapping(value, path)
+    if wrong := [key[:40] for key in given if not (key.isascii() and key.isdecimal() and len(key) < 12)]:
+        raise bad_request(path, f"`{path}` maps token ids to numbers; {', '.join(wrong[:20])} are no token ids.")
+    return {int(key): number(entry, f"{path}.{key}") for key, entry in given.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,7 @@ class GenerationRequest:
     skip_special_tokens: bool = optional(boolean, True)
     spaces_between_special_tokens: bool = optional(boolean, True)
     truncate_prompt_tokens: int | None = optional(integer(-1))
+    truncation_side: str = optional(one_of("left", "right"), "left")
     return_tokens_as_token_ids: bool | None = optional(boolean)
     return_token_ids: bool = optional(boolean, False)
     echo: bool = optional(boolean, False)
@@ -102,7 +105,14 @@ class GenerationRequest:
     guided_choice: None = optional(unsupported(_NO_STRUCTURED_OUTPUT))
     guided_grammar: None = optional(unsupported(_NO_STRUCTURED_OUTPUT))
     use_beam_search: None = optional(unsupported("set n for several samples.", False))
+    length_penalty: None = optional(unsupported("there is no beam search; set n for several samples.", 1, 1.0))
     logprob_token_ids: None = optional(unsupported("ask for the most likely tokens."))
+    thinking_token_budget: None = optional(unsupported(_NO_REASONING, -1))
+    repetition_detection: None = optional(unsupported("use the penalties or stop strings."))
+    kv_transfer_params: None = optional(unsupported(_NO_TRANSFER))
+    ec_transfer_params: None = optional(unsupported(_NO_TRANSFER))
+    mm_processor_kwargs: None = optional(unsupported(_NO_MEDIA))
+    vllm_xargs: None = optional(unsupported("there are no extensions of sampling."))
 
     def __post_init__(self) -> None:
         if self.stream_options is not None and not self.stream:
@@ -166,6 +176,9 @@ class GenerationRequest:
 
 TokenIds = list[int]
 
+# In vLLM's words, which clients look for.
+NO_PROMPT = "Either prompt or prompt_embeds must be provided and non-empty."
+
 
 def _token_ids(value: Any, path: str) -> TokenIds:
     if isinstance(value, list) and all(type(entry) is int and 0 <= entry <= INT64_MAX for entry in value):
@@ -177,7 +190,9 @@ def _prompt(value: Any, path: str) -> Sequence[str | TokenIds]:
     """A text, some texts, token ids, or several prompts of token ids; as a list of prompts."""
     if isinstance(value, str):
         return [value]
-    if isinstance(value, list) and value:
+    if value == []:
+        return ()
+    if isinstance(value, list):
         if isinstance(value[0], str):
             return array(text)(value, path)  # type: ignore[no-any-return]
         if isinstance(value[0], list):
@@ -190,16 +205,18 @@ def _prompt(value: Any, path: str) -> Sequence[str | TokenIds]:
 class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``."""
 
-    prompt: Sequence[str | TokenIds] = required(_prompt)
+    prompt: Sequence[str | TokenIds] = optional(_prompt, ())
     max_tokens: int = optional(integer(), 16)
     logprobs: int | None = optional(integer(-1))
     best_of: int | None = optional(integer(1))
     add_special_tokens: bool = optional(boolean, True)
     suffix: None = optional(unsupported("this model only continues its prompt.", ""))
-    prompt_embeds: None = optional(unsupported("send text or token ids as `prompt`."))
+    prompt_embeds: None = optional(unsupported("send text or token ids as `prompt`.", []))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.prompt:
+            raise bad_request("prompt", NO_PROMPT)
         if self.best_of is not None and self.best_of != self.n:
             raise bad_request("best_of", "`best_of` is not supported beyond `n`; set `n` and choose among the results.")
         if len(self.prompt) * self.n > MAX_COMPLETIONS:
@@ -270,6 +287,12 @@ class ChatCompletionRequest(ChatPrompt, GenerationRequest):
     top_logprobs: int | None = optional(integer(-1))
     add_special_tokens: bool = optional(boolean, False)
     tool_choice: str | None = optional(_tool_choice)
+    functions: None = optional(unsupported("there is no parser for tool calls yet.", []))
+    function_call: None = optional(unsupported("there is no parser for tool calls yet.", "none"))
+    modalities: None = optional(unsupported(_NO_MEDIA, ["text"]))
+    audio: None = optional(unsupported(_NO_MEDIA))
+    media_io_kwargs: None = optional(unsupported(_NO_MEDIA))
+    web_search_options: None = optional(unsupported("this server searches nothing."))
 
     def __post_init__(self) -> None:
         ChatPrompt.__post_init__(self)

@@ -78,7 +78,8 @@ class Server(uvicorn.Server):
         await self._engine.start()
         await super().startup(sockets)
         for sock in sockets or ():
-            logger.info("ready: %s serves %s", url(sock), ", ".join(self._names))
+            where = url(sock).replace("http:", "https:") if self.config.is_ssl else url(sock)
+            logger.info("ready: %s serves %s", where, ", ".join(self._names))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Lets requests that run end, within the grace period; then, or at a second signal, aborts the rest."""

@@ -1,5 +1,7 @@
 """Accepted models: each is derived, validated against its plain self, and read as the attention that it is."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import model_zoo as zoo
@@ -8,6 +10,7 @@ import pytest
 
 from distaff.compiler.pipeline import derive, derive_serve_step
 from distaff.compiler.validate import float32_products
+from distaff.frontend import nnx as distaff_nnx
 
 KERNEL = {
     "causal_where": ("causal", {}),
@@ -142,7 +145,7 @@ def _dot_shapes(step, *, tokens, rows, samples):
     return [e.outvars[0].aval.shape for e in jaxpr.jaxpr.eqns if e.primitive.name == "dot_general"]
 
 
-def test_flax_and_equinox_modules_are_served_as_they_are():
+def test_modules_are_served_as_they_are():
     nn = pytest.importorskip("flax.linen")
     nnx = pytest.importorskip("flax.nnx")
     eqx = pytest.importorskip("equinox")
@@ -160,17 +163,19 @@ def test_flax_and_equinox_modules_are_served_as_they_are():
     linen = Linen()
     variables = linen.init(jax.random.key(0), jnp.zeros((1, 5), jnp.int32))
 
-    class Object(nnx.Module):
-        def __init__(self, rngs):
-            self.embed = nnx.Embed(zoo.VOCAB, zoo.WIDTH, rngs=rngs)
-            self.attention = nnx.MultiHeadAttention(4, zoo.WIDTH, decode=False, rngs=rngs)
-            self.head = nnx.Linear(zoo.WIDTH, zoo.VOCAB, rngs=rngs)
+    def objects(nnx):
+        class Object(nnx.Module):
+            def __init__(self, rngs):
+                self.embed = nnx.Embed(zoo.VOCAB, zoo.WIDTH, rngs=rngs)
+                self.attention = nnx.MultiHeadAttention(4, zoo.WIDTH, num_kv_heads=2, decode=False, rngs=rngs)
+                self.head = nnx.Linear(zoo.WIDTH, zoo.VOCAB, rngs=rngs)
 
-        def __call__(self, tokens):
-            x = self.embed(tokens)
-            return self.head(x + self.attention(x, mask=nnx.make_causal_mask(tokens)))
+            def __call__(self, tokens):
+                x = self.embed(tokens)
+                return self.head(x + self.attention(x, mask=nnx.make_causal_mask(tokens)))
 
-    definition, state = nnx.split(Object(nnx.Rngs(0)))
+        definition, state = nnx.split(Object(nnx.Rngs(0)))
+        return lambda s, t: nnx.merge(definition, s)(t), state
 
     class Tree(eqx.Module):
         embed: eqx.nn.Embedding
@@ -192,7 +197,8 @@ def test_flax_and_equinox_modules_are_served_as_they_are():
     arrays, static = eqx.partition(tree, eqx.is_array)
     cases = {
         "linen": (linen.apply, variables),
-        "nnx": (lambda s, t: nnx.merge(definition, s)(t), state),
+        "nnx": objects(nnx),
+        "distaff's nnx": objects(distaff_nnx),
         "equinox": (lambda p, t: eqx.combine(p, static)(t), arrays),
     }
     for name, (function, params) in cases.items():
@@ -241,6 +247,17 @@ def test_layers_of_two_kinds_are_rolled_in_pairs():
     step = derived(model, params, roll_layers=True)
     assert step.report["rolled_layers"] == 3
     assert step.report["validation"]["relative_error"] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["grouped_late_division", "every_other"])  # by the kernel, and with a mask of its own
+def test_int8_caches_keep_steps_beside_the_values(name):
+    step = derived(zoo.decoder(getattr(zoo, name)), zoo.parameters(3), kv_dtype="int8", passages=[range(1, 9)] * 2)
+    plain = derived(zoo.decoder(getattr(zoo, name)), zoo.parameters(3))
+    assert {c.dtype for c in step.caches} == {"int8"}
+    assert [(*c.shape[:-1], c.shape[-1] - 4) for c in step.caches] == [c.shape for c in plain.caches]
+    assert step.report["kv_bytes_per_token"] == sum(c.layers * math.prod(c.shape) for c in step.caches)
+    assert 1e-4 < step.report["validation"]["relative_error"] < 0.03
+    assert step.report["quality_on_text"]["tokens"] == 14
 
 
 def test_bfloat16_models_cache_bits_on_a_cpu():

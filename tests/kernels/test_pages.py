@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from distaff.kernels.paged_attention import AttentionSpec, StepBatch, paged_attention, read_context, write_pages
+from distaff.kernels.paged_attention import (
+    AttentionSpec,
+    StepBatch,
+    paged_attention,
+    pool_shape,
+    read_context,
+    row_shape,
+    write_pages,
+)
 
 LAYERS, PAGES, PAGE = 4, 512, 16
 KV, SIZE, HEADS, WIDTH = 3, 64, 9, 8
@@ -43,6 +51,21 @@ def test_a_uint16_pool_keeps_bfloat16():
     assert read.dtype == jnp.bfloat16
     np.testing.assert_array_equal(read[1], values[0].astype(ml_dtypes.bfloat16))
     np.testing.assert_array_equal(read[4 + 2], values[1].astype(ml_dtypes.bfloat16))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32), size=st.sampled_from([1, 5, 64]), scale=st.sampled_from([1e-30, 1.0, 1e30]))
+def test_an_int8_pool_keeps_each_row_within_half_a_step(seed, size, scale):
+    rng = np.random.default_rng(seed)
+    values = (rng.normal(size=(3, 2, size)) * scale).astype(np.float32)
+    values[0, 0] = 0
+    pool = jnp.zeros((1, 2, 4, *pool_shape((2, size), "int8")), jnp.int8)
+    assert row_shape(pool) == (2, size)
+    pool = write_pages(pool, 0, jnp.array([5, 2, 7]), values)
+    read = read_context(pool, 0, jnp.array([1, 0]))
+    assert read.dtype == jnp.float32 and read.shape == (8, 2, size)
+    steps = np.abs(values).max(-1, keepdims=True) / 127
+    assert (np.abs(read[jnp.array([1, 6, 3])] - values) <= steps * 0.501).all()
 
 
 @pytest.mark.smoke

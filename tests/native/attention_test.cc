@@ -30,8 +30,17 @@ std::vector<float> random_values(int64_t count) {
   return values;
 }
 
-// The same values as bytes of a storage.
-std::vector<char> stored(const std::vector<float>& values, Storage storage) {
+// The same values, in heads of `size`, as bytes of a storage.
+std::vector<char> stored(const std::vector<float>& values, Storage storage, int size = 0) {
+  if (storage == Storage::kInt8) {
+    std::vector<char> bytes;
+    for (size_t head = 0; head < values.size(); head += size) {
+      for (int i = 0; i < size; ++i) bytes.push_back(static_cast<char>(values[head + i] * 64));
+      const float step = 1.0f / 64;
+      bytes.insert(bytes.end(), reinterpret_cast<const char*>(&step), reinterpret_cast<const char*>(&step + 1));
+    }
+    return bytes;
+  }
   std::vector<char> bytes(values.size() * (storage == Storage::kFloat32 ? 4 : 2));
   for (size_t i = 0; i < values.size(); ++i) {
     uint32_t bits;
@@ -48,6 +57,15 @@ float value_at(const void* data, Storage storage, int64_t at) {
   return from_bits(static_cast<const uint16_t*>(data)[at]);
 }
 
+// A value of a head in a pool.
+float pool_value(const Pool& pool, int64_t head, int d) {
+  if (pool.storage != Storage::kInt8) return value_at(pool.data, pool.storage, head * pool.size + d);
+  const char* at = static_cast<const char*>(pool.data) + head * pool.head_bytes();
+  float step;
+  std::memcpy(&step, at + pool.size, sizeof step);
+  return static_cast<signed char>(at[d]) * step;
+}
+
 struct Problem {
   Call call{};
   std::vector<int32_t> positions, slots, starts, tables;
@@ -55,8 +73,8 @@ struct Problem {
   std::vector<char> q, k, v, keys, values, output;
 
   explicit Problem(bool one_each) {
-    const Storage storages[] = {Storage::kFloat32, Storage::kBfloat16};
-    const Storage rows = storages[pick(0, 1)], pages = storages[pick(0, 1)];
+    const Storage storages[] = {Storage::kFloat32, Storage::kBfloat16, Storage::kInt8};
+    const Storage rows = storages[pick(0, 1)], pages = storages[pick(0, 2)];
     call.requests = pick(1, 6);
     call.kv_heads = pick(1, 3);
     call.heads = call.kv_heads * pick(1, pick(0, 3) == 0 ? 11 : 4);
@@ -101,8 +119,8 @@ struct Problem {
     q = stored(random_values(call.tokens * call.heads * key_size), rows);
     k = stored(random_values(call.tokens * call.kv_heads * key_size), rows);
     v = stored(random_values(call.tokens * call.kv_heads * value_size), rows);
-    keys = stored(random_values(pool * key_size), pages);
-    values = stored(random_values(pool * value_size), pages);
+    keys = stored(random_values(pool * key_size), pages, key_size);
+    values = stored(random_values(pool * value_size), pages, value_size);
     output.resize(call.tokens * call.heads * value_size * (rows == Storage::kFloat32 ? 4 : 2));
     call.positions = positions.data();
     call.slots = slots.data();
@@ -136,19 +154,19 @@ double turned(const Call& call, const Rows& rows, int64_t token, int heads, int 
 void check(const Problem& problem, double bound) {
   const Call& call = problem.call;
   const int size = call.keys.size, width = call.values.size;
+  const float rounding = call.keys.storage == Storage::kInt8 ? 0.008f : 0;  // half a step of 127 / 64 / 127
   for (int64_t r = 0; r < call.requests; ++r) {
     for (int64_t token = call.starts[r]; token < call.starts[r + 1]; ++token) {
       const int64_t position = call.positions[token];
       for (int kv = 0; kv < call.kv_heads; ++kv) {
         const int64_t row = pool_row(call, r, position, kv);
         for (int d = 0; d < size; ++d) {
-          CHECK(value_at(call.keys.data, call.keys.storage, row * size + d) ==
-                    turned(call, call.k, token, call.kv_heads, kv, d), "key %d of token %d", d, int(token));
+          CHECK(std::abs(pool_value(call.keys, row, d) - turned(call, call.k, token, call.kv_heads, kv, d)) <= rounding,
+                "key %d of token %d", d, int(token));
         }
         for (int d = 0; d < width; ++d) {
-          CHECK(value_at(call.values.data, call.values.storage, row * width + d) ==
-                    value_at(call.v.data, call.v.storage, (token * call.kv_heads + kv) * width + d),
-                "value %d of token %d", d, int(token));
+          const float wanted = value_at(call.v.data, call.v.storage, (token * call.kv_heads + kv) * width + d);
+          CHECK(std::abs(pool_value(call.values, row, d) - wanted) <= rounding, "value %d of token %d", d, int(token));
         }
       }
       for (int head = 0; head < call.heads; ++head) {
@@ -158,15 +176,14 @@ void check(const Problem& problem, double bound) {
           const int64_t row = pool_row(call, r, j, head / call.groups());
           double score = 0;
           for (int d = 0; d < size; ++d) {
-            score += turned(call, call.q, token, call.heads, head, d) *
-                     value_at(call.keys.data, call.keys.storage, row * size + d);
+            score += turned(call, call.q, token, call.heads, head, d) * pool_value(call.keys, row, d);
           }
           score *= call.scale;
           if (call.softcap != 0) score = call.softcap * std::tanh(score / call.softcap);
           if (call.slopes != nullptr) score -= call.slopes[head] * static_cast<double>(position - j);
           const double weight = std::exp(score);
           total += weight;
-          for (int d = 0; d < width; ++d) sums[d] += weight * value_at(call.values.data, call.values.storage, row * width + d);
+          for (int d = 0; d < width; ++d) sums[d] += weight * pool_value(call.values, row, d);
         }
         for (int d = 0; d < width; ++d) {
           const double got = value_at(call.output, call.q.storage, (token * call.heads + head) * width + d);
@@ -182,7 +199,7 @@ void check(const Problem& problem, double bound) {
 
 int main() {
   int calls = 0;
-  for (int round = 0; round < 12; ++round) {
+  for (int round = 0; round < 18; ++round) {
     for (int level = 0; level <= static_cast<int>(cpu_level()); ++level) {
       Problem problem(round % 3 == 0);
       for (float& slope : problem.slopes) slope = std::abs(slope) / 8;

@@ -12,6 +12,9 @@
 #include "threads.h"
 
 namespace distaff {
+
+extern const MatmulKernels kMatmulMatrixUnit;
+
 namespace {
 
 using Random = std::mt19937;
@@ -194,13 +197,17 @@ int main() {
   StdPool pool(3);
   BasicThreads threads(pool.handle());
   int calls = 0;
+  std::vector<const MatmulKernels*> all{&kMatmulMatrixUnit};
   for (int level = 0; level <= static_cast<int>(cpu_level()); ++level) {
-    Random random(level);
+    all.push_back(&matmul_kernels(static_cast<CpuLevel>(level)));
+  }
+  for (size_t level = 0; level < all.size(); ++level) {
+    Random random(static_cast<int>(level));
     for (int i = 0; i < 80; ++i, ++calls) {
       RandomCall random_call(random);
-      matmul(random_call.call, matmul_kernels(static_cast<CpuLevel>(level)), threads);
+      matmul(random_call.call, *all[level], threads);
       const int wrong = random_call.wrong();
-      CHECK(wrong == 0, "level %d, call %d: %d of %zu numbers", level, i, wrong, random_call.out.size());
+      CHECK(wrong == 0, "kernels %zu, call %d: %d of %zu numbers", level, i, wrong, random_call.out.size());
     }
   }
   std::printf("%d calls of matmul are right\n", calls);

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 
+import model_zoo as zoo
 import numpy as np
 import pytest
 from tiny_step import VOCAB, plain, tiny_step, tiny_weights
 
 from distaff.compiler.buckets import parse_buckets
 from distaff.compiler.lowering.build import ModelInfo, build_artifact
+from distaff.compiler.pipeline import derive_serve_step
 from distaff.runtime.config import EngineConfig
 from distaff.runtime.engine import Engine
 from distaff.runtime.sampling_params import SamplingParams
@@ -73,3 +75,31 @@ def test_nothing_is_compiled_while_serving(engine):
     for params in ({"temperature": 0.0}, {}, {"top_k": 3, "presence_penalty": 1.0}, {"logprobs": 2, "min_tokens": 2}):
         generate(engine, random_prompts(2, 5), max_tokens=5, **params)
     assert engine.stats.compiles == 0
+
+
+@pytest.mark.parametrize(("num_pages", "prefix_caching"), [(25, True), (80, False)])
+def test_int8_caches_survive_preemption_and_sharing(tmp_path, num_pages, prefix_caching):
+    model, params = zoo.decoder(zoo.causal_where), zoo.parameters(3)
+    step = derive_serve_step(model, params, max_model_len=40, page_size=4, kv_dtype="int8")
+    buckets = parse_buckets("decode=1,4 mixed=16x4")
+    build_artifact(step, ModelInfo("zoo", 40), tmp_path / "artifact", buckets=buckets, page_size=4, num_pages=num_pages)
+    engine = Engine(tmp_path / "artifact", EngineConfig(enable_prefix_caching=prefix_caching))
+    rng = random.Random(5)
+    common = [rng.randrange(zoo.VOCAB) for _ in range(9)]
+    prompts = [common + [rng.randrange(zoo.VOCAB) for _ in range(rng.randrange(1, 9))] for _ in range(8)]
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True))
+    finished, preemptions = {}, 0
+    while engine.has_unfinished:
+        finished.update({output.request_id: output for output in engine.step()})
+        preemptions += engine.stats.preemptions
+    outputs = [finished[str(i)] for i in range(len(prompts))]
+    assert (preemptions > 0) == prefix_caching
+    assert any(output.num_cached_tokens for output in outputs) == prefix_caching
+    for prompt, output in zip(prompts, outputs, strict=True):
+        tokens = output.outputs[0].token_ids
+        logits = np.asarray(model(params, np.array([prompt + tokens])))[0]
+        for i, token in enumerate(tokens, len(prompt) - 1):
+            assert logits[i, token] >= logits[i].max() - 0.05 * np.abs(logits[i]).max()
+    engine.check_idle()
+    engine.shutdown()

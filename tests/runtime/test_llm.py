@@ -16,7 +16,7 @@ from distaff.compiler.artifact import TOKENIZER, ArtifactError
 from distaff.runtime import llm as llm_module
 from distaff.runtime.engine import Engine
 from distaff.runtime.errors import EngineConfigError, PromptError
-from distaff.runtime.llm import LLM
+from distaff.runtime.llm import LLM, TextPrompt, TokensPrompt
 from distaff.runtime.sampling_params import SamplingParams, SamplingParamsError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -46,7 +46,9 @@ def artifact(tmp_path, monkeypatch, executables):
 def test_every_kind_of_prompt_in_order(artifact):
     llm = LLM(artifact)
     ids = llm.get_tokenizer().encode("Hello")
-    outputs = llm.generate(["Hello", ids, {"prompt": "Hello"}, {"prompt_token_ids": ids, "cache_salt": "s"}], GREEDY)
+    outputs = llm.generate(
+        ["Hello", ids, TextPrompt(prompt="Hello"), TokensPrompt(prompt_token_ids=ids, cache_salt="s")], GREEDY
+    )
     expected = plain_generate(ids, 6, ignore_eos=True)
     for output in outputs:
         assert (output.prompt_token_ids, output.outputs[0].token_ids) == (ids, expected)
@@ -91,6 +93,10 @@ def test_refusals_leave_nothing_running(artifact):
         llm.generate(["fine", []], GREEDY)
     with pytest.raises(PromptError, match="prompt_token_ids"):
         llm.generate([{"text": "wrong name"}], GREEDY)
+    with pytest.raises(PromptError, match="multi_modal_data"):
+        llm.generate([TextPrompt(prompt="a"), {"prompt": "a", "multi_modal_data": {"image": 1}}], GREEDY)
+    with pytest.raises(EngineConfigError, match="adapters"):
+        llm.generate(["a"], GREEDY, lora_request="some")
     with pytest.raises(SamplingParamsError):
         llm.generate(["a", "b"], [GREEDY, SamplingParams(logprobs=1000)])
     with pytest.raises(ValueError, match="2 entries for 1 prompts"):
@@ -103,6 +109,42 @@ def test_refusals_leave_nothing_running(artifact):
     with pytest.raises(EngineConfigError, match="quantization is for a model that is compiled"):
         LLM(artifact, quantization="int8")
     assert LLM(artifact, dtype="float32", block_size=4).engine.max_model_len == 64
+
+
+def test_arguments_of_vllms_pass_if_they_ask_for_nothing(artifact):
+    llm = LLM(artifact, enforce_eager=True, tensor_parallel_size=1, disable_log_stats=False, gpu_memory_utilization=0.5)
+    assert llm.engine.config.gpu_memory_utilization == 0.5
+    for wrong, says in (
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2, .* not available yet"),
+        ({"enable_lora": True}, "enable_lora is True"),
+        ({"speculative_config": {"num_speculative_tokens": 3}}, "speculative decoding"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5"),
+        ({"latent_cache": True, "nonsense": 1}, "latent_cache, nonsense: "),
+    ):
+        with pytest.raises(EngineConfigError, match=says):
+            LLM(artifact, **wrong)
+
+
+def test_priorities_and_cache(artifact):
+    llm = LLM(artifact)
+    assert [o.outputs[0].token_ids for o in llm.generate([[5], [6]], GREEDY, priority=1)] == [
+        o.outputs[0].token_ids for o in llm.generate([[5], [6]], GREEDY, priority=[2, 1])
+    ]
+    for wrong in ({"priority": []}, {"priority": [1]}, {"sampling_params": []}):
+        with pytest.raises(ValueError, match="entries for 2 prompts"):
+            llm.generate([[5], [6]], **wrong)
+    llm.generate([list(range(4, 20))], GREEDY)
+    assert llm.generate([list(range(4, 20))], GREEDY)[0].num_cached_tokens > 0
+    assert llm.reset_prefix_cache()
+    assert llm.generate([list(range(4, 20))], GREEDY)[0].num_cached_tokens == 0
+
+
+def test_without_detokenizing_nothing_has_a_text(artifact):
+    params = SamplingParams(temperature=0.0, max_tokens=3, detokenize=False, logprobs=2, prompt_logprobs=1)
+    (output,) = LLM(artifact).generate(["abc"], params)
+    positions = [*output.outputs[0].logprobs, *output.prompt_logprobs[1:]]
+    assert output.outputs[0].text == "" and len(positions) == 5
+    assert all(entry.decoded_token is None for position in positions for entry in position.values())
 
 
 def test_an_interrupt_aborts_what_runs(artifact):

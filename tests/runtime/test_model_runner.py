@@ -162,6 +162,8 @@ def test_pool_size(artifact):
     assert choose_num_pages(manifest, plenty, kv_cache_bytes=10 * manifest.bytes_per_page + 1) == 10
     some = manifest.weight_bytes + 30 * manifest.bytes_per_page
     assert 9 <= choose_num_pages(manifest, some) <= 30
+    half = 2 * (manifest.weight_bytes + 12 * manifest.bytes_per_page)
+    assert choose_num_pages(manifest, half, memory_share=0.5) == 12
     with pytest.raises(MemoryTooSmallError, match="max-model-len"):
         choose_num_pages(manifest, manifest.weight_bytes)
     with pytest.raises(ValueError, match="give one"):

@@ -1,4 +1,8 @@
+import itertools
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from distaff.runtime.page_hash import CacheKeys, LoRAKey, MediaKey
 
@@ -82,3 +86,35 @@ def test_b16_equal_spelling_in_different_places_does_not_collide():
 
 def test_page_size_changes_the_hash_of_the_same_tokens():
     assert hashes(TOKENS[:8], page_size=8)[0] not in hashes(TOKENS[:8], page_size=4)
+
+
+def drawn_contents():
+    """Few tokens and short names, so that equal beginnings are common."""
+    media = st.lists(st.builds(MediaKey, st.sampled_from("ab"), st.integers(0, 5), st.integers(1, 3)), max_size=2).map(
+        lambda items: tuple(sorted(items, key=lambda item: item.offset))
+    )
+    keys = st.builds(
+        CacheKeys,
+        salt=st.sampled_from([None, "", "s"]),
+        lora=st.sampled_from([None, LoRAKey("a", "1"), LoRAKey("a", "2")]),
+        media=media,
+    )
+    return st.tuples(keys, st.lists(st.integers(0, 1), max_size=8))
+
+
+@given(st.lists(drawn_contents(), min_size=2, max_size=6))
+def test_pages_have_equal_hashes_where_all_that_decides_them_is_equal(drawn):
+    """That is salt, adapter, the tokens up to the page's end, and which media lie where in each page up to it."""
+    size, pages = 2, []
+    for keys, token_ids in drawn:
+        found = []
+        keys.extend(found, token_ids, len(token_ids), size)
+        media = [
+            [(m.content_hash, m.offset) for m in keys.media if m.offset < at + size and at < m.offset + m.length]
+            for at in range(0, len(token_ids), size)
+        ]
+        for index, page_hash in enumerate(found):
+            decisive = (keys.salt, keys.lora, token_ids[: (index + 1) * size], media[: index + 1])
+            pages.append((page_hash, decisive))
+    for (a, left), (b, right) in itertools.combinations(pages, 2):
+        assert (a == b) == (left == right)

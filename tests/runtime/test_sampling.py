@@ -51,6 +51,7 @@ def sample(sampler, logits, rows, positions=None):
         (Method.STATEFUL, {"logit_bias": {1: 1}}),
         (Method.STATEFUL, {"allowed_token_ids": [1]}),
         (Method.STATEFUL, {"min_tokens": 1}),
+        (Method.STATEFUL, {"bad_words": ["x"]}),
     ],
 )
 def test_the_cheapest_method_is_chosen(method, params):

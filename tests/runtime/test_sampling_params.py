@@ -38,7 +38,7 @@ def test_spellings_become_one():
     assert p.logit_bias == {7: 100.0, 8: -1.0}
     assert p.allowed_token_ids == (5,)
     assert SamplingParams(stop=None, stop_token_ids=None, bad_words=None).stop == ()
-    assert dataclasses.replace(p, n=2, seed=5).stop == ("end",)
+    assert dataclasses.replace(p, n=2, seed=5).stop == p.clone().stop == ("end",)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,9 @@ def test_spellings_become_one():
         {"top_p": 0}, {"top_p": 1.01}, {"top_k": -2}, {"top_k": 1.5}, {"min_p": -0.1}, {"min_p": 1.1},
         {"seed": 2**63}, {"seed": 0.5}, {"stop": [""]}, {"stop": [1]}, {"stop": 5}, {"stop": {"a": 1}},
         {"stop_token_ids": ["a"]}, {"stop_token_ids": [-1]}, {"stop_token_ids": 3},
-        {"bad_words": ["x"]}, {"max_tokens": 0}, {"min_tokens": -1}, {"min_tokens": None},
+        {"bad_words": ["x", ""]}, {"bad_words": {"x": 1}}, {"structured_outputs": {"regex": "a"}},
+        {"logits_processors": [print]}, {"thinking_token_budget": 5},
+        {"max_tokens": 0}, {"min_tokens": -1}, {"min_tokens": None},
         {"logprobs": -2}, {"prompt_logprobs": "all"}, {"truncate_prompt_tokens": 0}, {"truncate_prompt_tokens": -2},
         {"logit_bias": {"x": 1}}, {"logit_bias": {1: math.inf}}, {"logit_bias": {-1: 1.0}}, {"logit_bias": [1]},
         {"allowed_token_ids": []}, {"allowed_token_ids": [None]},

@@ -64,14 +64,17 @@ def greedy(prompt, count):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_from_start_to_signal(artifact, number):
-    with serve_model(artifact, "--port", 0, "--served-model-name", "small", "--api-key", "k") as (process, url, lines):
+    neutral = ("--enforce_eager", "--disable-log-stats", "--tensor-parallel-size", 1, "--gpu-memory-utilization", 0.9)
+    flags = ("--port", 0, "--served-model-name", "small", "--api-key", "k", *neutral)
+    with serve_model(artifact, *flags) as (process, url, lines):
         with httpx.Client(base_url=url, headers={"Authorization": "Bearer k"}, timeout=60) as http:
             assert http.get("/health").status_code == 200
             body = {"prompt": [3, 1, 4], "max_tokens": 6, "temperature": 0, "return_token_ids": True}
             answer = http.post("/v1/completions", json=body)
             assert answer.json()["choices"][0]["token_ids"] == greedy([3, 1, 4], 6)
             assert http.get("/v1/models").json()["data"][0]["id"] == "small"
-            assert 'model_name="small"' in http.get("/metrics").text
+            metrics = http.get("/metrics").text
+            assert 'model_name="small"' in metrics and 'block_size="4"' in metrics
             assert httpx.get(f"{url}/v1/models").status_code == 401
         process.send_signal(number)
         assert process.wait(30) == 0
@@ -108,6 +111,12 @@ def signals():
         ["m", "--allowed-origins", "[1]"],
         ["m", "--max-model-len", "4x"],
         ["m", "--kv-cache-memory-bytes", "0"],
+        ["m", "--gpu-memory-utilization", "1.5"],
+        ["m", "--tensor-parallel-size", "2"],
+        ["m", "--enable-lora"],
+        ["m", "--load-format", "dummy"],
+        ["m", "--default-chat-template-kwargs", "not json"],
+        ["m", "--max-logprobs", "-2"],
     ],
 )
 def test_wrong_usage_exits_with_2(flags):
@@ -125,6 +134,8 @@ def test_wrong_usage_exits_with_2(flags):
         (["-q", "int8"], 2, "--quantization is for a model that is compiled"),
         (["--chat-template", "/nowhere.jinja"], 1, "/nowhere.jinja"),
         (["--chat-template", "{% if %}"], 1, "not valid Jinja"),
+        (["--override-generation-config", '{"top_p": 2}'], 2, "top_p must be"),
+        (["--override-generation-config", '{"beams": 2}'], 2, "has beams; it takes temperature"),
         (["--tokenizer", "/nowhere"], 1, "tokenizer.json"),
         (["--uds", "/nowhere/socket"], 1, "/nowhere/socket"),
         (["--host", "256.0.0.1"], 1, "256.0.0.1"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias, TypeVar
 
+from distaff.frontend.core.initializer_shapes import ignores_key
 from distaff.frontend.layers.dtypes import Array, Dtype
 from distaff.frontend.layers.fields import Initializer
 from distaff.frontend.nnx.pytrees import data
@@ -22,7 +23,12 @@ def parameter(
     rngs: Rngs, init: Initializer, shape: tuple[int, ...], dtype: Dtype, metadata: Metadata = NO_METADATA
 ) -> Param[Array]:
     """A new parameter, initialised with the next key of the stream ``params``."""
-    return Param(init(rngs.params(), shape, dtype), **metadata)
+    stream, key = rngs.params, None
+    if ignores_key(init):
+        stream.skip()
+    else:
+        key = stream()
+    return Param(init(key, shape, dtype), **metadata)
 
 
 def optional_parameter(

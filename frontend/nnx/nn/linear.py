@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from distaff.frontend.core.frozen_dict import FrozenDict
+from distaff.frontend.core.initializer_shapes import ignores_key
 from distaff.frontend.layers.convolution import canonicalize_padding as canonicalize_padding
 from distaff.frontend.layers.fields import (
     DotGeneral,
@@ -190,7 +191,7 @@ class LinearGeneral(Module):
 
 def _flattened(init: Initializer, flat_shape: tuple[int, ...], shape: tuple[int, ...]) -> Initializer:
     """``init`` for an array of ``shape`` that is initialised as one of ``flat_shape``, with the fans of that."""
-    if shape == flat_shape:
+    if shape == flat_shape or ignores_key(init):  # those have no fans
         return init
 
     def initialize(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> Any:

@@ -61,8 +61,9 @@ def test_api_keys_guard_v1_alone():
     for headers in ({}, {"Authorization": "Bearer three"}, {"Authorization": "two"}, {"Authorization": "Basic two"}):
         response = client.get("/v1/models", headers=headers)
         assert response.status_code == 401, headers
-        assert response.json()["error"]["code"] == "invalid_api_key" and response.headers["X-Request-Id"]
-        assert client.post(COMPLETIONS, {"prompt": "Hi"}, headers=headers).status_code == 401
+        assert response.json()["error"]["code"] == "invalid_api_key"
+        for path in (COMPLETIONS, "/invocations"):
+            assert client.post(path, {"prompt": "Hi"}, headers=headers).status_code == 401
     assert not client.engine.calls
     for headers in ({"Authorization": "Bearer one"}, {"Authorization": "bearer two"}):
         assert client.get("/v1/models", headers=headers).status_code == 200
@@ -77,7 +78,10 @@ def test_cors(client):
     assert response.headers["Access-Control-Allow-Origin"] == "*"
 
 
-def test_request_ids(client):
+def test_request_ids_go_back_if_the_server_says_so(client):
+    assert "X-Request-Id" not in client.get("/health", headers={"X-Request-Id": "abc"}).headers
+    client = Client(client.engine, enable_request_id_headers=True, api_keys=("k",))
+    assert client.get("/v1/models").headers["X-Request-Id"]
     assert client.get("/health", headers={"X-Request-Id": "abc"}).headers["X-Request-Id"] == "abc"
     for bad in ("x" * 129, "é".encode("latin-1"), ""):
         given = client.get("/health", headers={"X-Request-Id": bad}).headers["X-Request-Id"]
@@ -141,6 +145,50 @@ def test_bad_bodies_are_a_400(client, body):
     assert not client.engine.calls
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": None, "prompt_embeds": []}, "Either prompt or prompt_embeds must be provided and non-empty."),
+        ({"prompt": []}, "Either prompt or prompt_embeds must be provided and non-empty."),
+        ({"prompt": ""}, "decoder prompt cannot be empty"),
+        ({"prompt": [999999]}, "999999 is out of vocabulary"),
+        ({"prompt": [[-1]]}, "greater than or equal to 0"),
+        ({"logit_bias": {"bad1": 1, "5": 1, "bad2": 2}}, "bad1, bad2"),
+    ],
+)
+def test_errors_say_what_clients_of_vllm_look_for(client, fields, message):
+    assert message in client.error(COMPLETIONS, {"prompt": "Hi", **fields})["message"]
+
+
+def test_numbers_out_of_range_have_a_code(client):
+    for seed, code in ((2**63, "less_than_equal"), (-(2**63) - 1, "greater_than_equal")):
+        error = client.error(COMPLETIONS, {"prompt": "Hi", "seed": seed})
+        assert error["code"] == code and code in error["message"]
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain; charset=utf-8"])
+def test_bodies_that_are_no_json_are_a_415(client, kind):
+    error = client.error(COMPLETIONS, None, 415, content=b'{"prompt": "Hi"}', headers={"Content-Type": kind})
+    assert error["code"] == "unsupported_media_type" and not client.engine.calls
+    for good in ("application/json; charset=utf-8", "application/vnd.api+json"):
+        ok(client.post(COMPLETIONS, content=b'{"prompt": "Hi"}', headers={"Content-Type": good}))
+
+
+def test_invocations_are_chats_or_completions(client):
+    for path, body in (("/v1/chat/completions", {"messages": [USER]}), (COMPLETIONS, {"prompt": "Hi"})):
+        direct, invoked = ok(client.post(path, body)), ok(client.post("/invocations", body))
+        assert (direct["object"], direct["choices"]) == (invoked["object"], invoked["choices"])
+    assert client.error("/invocations", {})["param"] == "prompt"
+    client.error("/invocations", [])
+
+
+def test_the_tokenizer_tells_about_itself_on_demand(client):
+    assert client.get("/tokenizer_info").status_code == 404
+    info = ok(Client(client.engine, enable_tokenizer_info_endpoint=True).get("/tokenizer_info"))
+    assert info["tokenizer_class"] and info["eos_token"] == "</s>" and "{% for m in" in info["chat_template"]
+    assert info["added_tokens_decoder"] == {"256": {"content": "</s>", "special": True}}
+
+
 def test_large_bodies_are_a_413(client):
     client = Client(client.engine, max_body_bytes=100)
     client.completion("Hi")
@@ -153,6 +201,10 @@ def test_large_bodies_are_a_413(client):
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 2}, "best_of"),
         ({"prompt_embeds": "AA"}, "prompt_embeds"),
+        ({"truncation_side": "top"}, "truncation_side"),
+        ({"length_penalty": 2}, "length_penalty"),
+        ({"kv_transfer_params": {}}, "kv_transfer_params"),
+        ({"thinking_token_budget": 5}, "thinking_token_budget"),
         ({"n": 2, "prompt": ["x"] * 600}, "prompt"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 127}, "input_tokens"),
@@ -203,7 +255,7 @@ def test_an_unexpected_error_is_a_500_and_the_server_goes_on(client, stream, cap
 def test_a_generation_that_fails_is_a_500(client, prompt):
     client.engine.breaks_after = 2
     error = client.error(COMPLETIONS, {"prompt": prompt}, 500)
-    assert error["message"] == "the model is unwell"
+    assert error["message"] == "Internal server error: the model is unwell"
     assert not client.engine.running
 
 
@@ -227,6 +279,9 @@ def test_metrics_have_vllms_names(client):
         return next(s.value for s in families[family].samples if s.name == sample and more.items() <= s.labels.items())
 
     assert value("vllm:num_requests_waiting", "vllm:num_requests_waiting", **labels) == 2
+    by_reason = "vllm:num_requests_waiting_by_reason"
+    assert value(by_reason, by_reason, reason="capacity") == 2
+    assert value("vllm:request_num_preemptions", "vllm:request_num_preemptions_count") == 1
     assert value("vllm:kv_cache_usage_perc", "vllm:kv_cache_usage_perc", **labels) == 0.25
     assert value("vllm:prompt_tokens", "vllm:prompt_tokens_total", **labels) == 2
     assert value("vllm:request_success", "vllm:request_success_total", finished_reason="stop") == 1

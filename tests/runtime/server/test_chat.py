@@ -48,6 +48,29 @@ def test_a_stream_begins_with_the_role_and_joins_to_the_answer(client):
     assert [c["choices"][0]["finish_reason"] for c in chunks][-2:] == [None, "stop"]
 
 
+def test_every_chunk_of_a_stream_has_content_and_growing_usage(client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = client.chunks(PATH, {"messages": [USER], "max_tokens": 3, "stream_options": options})
+    assert [c["choices"][0]["delta"]["content"] for c in chunks] == ["", "H", "e", "l"]
+    assert [c["usage"]["completion_tokens"] for c in [*chunks, last]] == [0, 1, 2, 3, 3]
+
+
+def test_what_was_not_asked_for_is_null(client):
+    body = client.chat(USER)
+    unasked = (body["prompt_token_ids"], body["prompt_logprobs"], body["choices"][0]["token_ids"])
+    assert unasked == (None, None, None) and body["usage"]["prompt_tokens_details"] is None
+
+
+def test_roles_of_answers(client):
+    client = Client(
+        client.engine, response_role="robot", chat_template="{{ style }}", default_chat_template_kwargs={"style": "s"}
+    )
+    assert client.chat(USER)["choices"][0]["message"]["role"] == "robot" and prompt_of(client) == "s"
+    assert client.chat(USER, add_generation_prompt=False)["choices"][0]["message"]["role"] == "user"
+    client.chat(USER, chat_template_kwargs={"style": "t"})
+    assert prompt_of(client) == "t"
+
+
 def test_every_choice_of_a_stream_has_its_role(client):
     chunks = client.chunks(PATH, {"messages": [USER], "n": 2, "max_tokens": 2})
     roles = [c["choices"][0]["index"] for c in chunks if "role" in c["choices"][0]["delta"]]
@@ -83,6 +106,10 @@ def test_prompt_logprobs_and_token_ids(client):
     body = client.chat(USER, max_tokens=1, prompt_logprobs=1, return_token_ids=True)
     assert body["prompt_logprobs"][0] is None and "117" in body["prompt_logprobs"][1]
     assert body["prompt_token_ids"][:2] == list(b"<u") and body["choices"][0]["token_ids"] == [72]
+    first, *chunks = client.chunks(PATH, {"messages": [USER], "max_tokens": 2, "return_token_ids": True})
+    assert first["prompt_token_ids"] == body["prompt_token_ids"] and "token_ids" not in first["choices"][0]
+    assert all("prompt_token_ids" not in c for c in chunks)
+    assert [c["choices"][0]["token_ids"] for c in chunks] == [[72], [101]]
 
 
 def test_text_parts_are_joined(client):
@@ -178,6 +205,10 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}
         ({"tools": [{"type": "function"}], "tool_choice": "none"}, "tools[0].function"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"guided_json": {}}, "guided_json"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"audio": {"voice": "x"}}, "audio"),
+        ({"mm_processor_kwargs": {}}, "mm_processor_kwargs"),
         ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": 2}, "logprobs"),
@@ -202,7 +233,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}
         ({"priority": 1}, "priority"),
         ({"cache_salt": ""}, "cache_salt"),
         ({"use_beam_search": True}, "use_beam_search"),
-        ({"bad_words": ["x"]}, "bad_words"),
+        ({"bad_words": [""]}, "bad_words"),
     ],
 )
 def test_what_is_refused_names_its_field(client, fields, param):
@@ -214,7 +245,15 @@ def test_what_is_refused_names_its_field(client, fields, param):
 
 def test_harmless_values_of_refused_fields_pass(client):
     client.chat(
-        USER, response_format={"type": "text"}, use_beam_search=False, tool_choice="none", parallel_tool_calls=True
+        USER,
+        response_format={"type": "text"},
+        use_beam_search=False,
+        tool_choice="none",
+        parallel_tool_calls=True,
+        functions=[],
+        function_call="none",
+        modalities=["text"],
+        logprobs="true",
     )
 
 

@@ -32,8 +32,9 @@ def test_a_text_is_completed(client):
         "prompt_tokens": 2,
         "completion_tokens": 14,
         "total_tokens": 16,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": None,
     }
+    assert (choice["token_ids"], choice["prompt_token_ids"], choice["prompt_logprobs"]) == (None, None, None)
 
 
 def test_max_tokens_defaults_to_16_and_cuts(client):
@@ -76,6 +77,16 @@ def test_usage_at_the_end_of_a_stream(client):
     assert last["choices"] == [] and last["usage"]["total_tokens"] == 16
 
 
+def test_usage_is_forced_on_a_server_that_says_so(client):
+    *chunks, last = Client(client.engine, enable_force_include_usage=True).chunks(PATH, {"prompt": "Hi"})
+    assert [c["usage"]["completion_tokens"] for c in chunks] == list(range(1, 15)) and last["choices"] == []
+
+
+def test_cached_tokens_are_told_by_a_server_that_says_so(client):
+    usage = Client(client.engine, enable_prompt_tokens_details=True).completion("eight ch")["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
+
+
 def test_usage_in_every_chunk_of_a_stream(client):
     options = {"include_usage": True, "continuous_usage_stats": True}
     *chunks, last = client.chunks(PATH, {"prompt": "Hi", "max_tokens": 3, "stream_options": options})
@@ -104,6 +115,14 @@ def test_minus_infinity_is_sent_as_a_number(client):
 def test_text_offsets_go_on_through_a_stream(client):
     chunks = client.chunks(PATH, {"prompt": "Hi", "max_tokens": 4, "logprobs": 0})
     assert [c["choices"][0]["logprobs"]["text_offset"] for c in chunks] == [[0], [1], [2], [3]]
+
+
+def test_text_offsets_count_names_of_tokens_though_the_text_comes_later(client):
+    client.engine.reply = "öab"  # the first token alone is no character
+    whole = client.completion("Hi", logprobs=0)["choices"][0]["logprobs"]["text_offset"]
+    chunks = client.chunks(PATH, {"prompt": "Hi", "logprobs": 0})
+    assert chunks[0]["choices"][0]["text"] == ""
+    assert [o for c in chunks for o in c["choices"][0]["logprobs"]["text_offset"]] == whole == [0, 1, 2, 3]
 
 
 def test_tokens_as_token_ids(client):
@@ -200,6 +219,14 @@ def test_open_parameters_are_the_models_own_unless_switched_off(client):
     assert seen == [(0.6, 7), (1.0, 0), (1.5, 7)]
 
 
+def test_the_server_overrides_the_models_own(client):
+    client = Client(client.engine, override_generation_config={"temperature": 0.2, "max_new_tokens": 5})
+    client.completion("Hi")
+    client.completion("Hi", temperature=1.5, max_tokens=3)
+    seen = [(c.params.temperature, c.params.top_k, c.params.max_tokens) for c in client.engine.calls]
+    assert seen == [(0.2, 7, 5), (1.5, 7, 3)]
+
+
 def test_null_stands_for_the_default(client):
     client.completion("Hi", n=None, max_tokens=None, stop=None, logprobs=None, stream=None, seed=None, suffix=None)
     params = client.engine.calls[0].params
@@ -209,6 +236,8 @@ def test_null_stands_for_the_default(client):
 def test_the_end_of_a_long_prompt_is_kept(client):
     client.completion("abcdef", truncate_prompt_tokens=2, max_tokens=1, echo=True)
     client.completion("x" * 500, truncate_prompt_tokens=-1, max_tokens=100)
+    client.completion("abcdef", truncate_prompt_tokens=2, truncation_side="right", max_tokens=1)
+    assert client.engine.calls.pop().prompt == list(b"ab")
     assert client.engine.calls[0].prompt == list(b"ef")
     assert len(client.engine.calls[1].prompt) == 28
 
@@ -216,13 +245,14 @@ def test_the_end_of_a_long_prompt_is_kept(client):
 def test_request_ids(client):
     assert client.completion("Hi", request_id="mine")["id"] == "cmpl-mine"
     response = client.post(PATH, {"prompt": "Hi", "request_id": "mine"}, headers={"X-Request-Id": "theirs"})
-    assert response.json()["id"] == "cmpl-theirs" and response.headers["X-Request-Id"] == "theirs"
+    assert response.json()["id"] == "cmpl-theirs"
     ids = [call.id for call in client.engine.calls]
     assert len(set(ids)) == 2 and ids[0].startswith("cmpl-mine-0-")
 
 
 def test_other_names_of_the_model(client):
-    assert client.completion("Hi", model="alias")["model"] == "alias"
+    for name in ("alias", "fake", "", None):
+        assert client.completion("Hi", model=name)["model"] == "fake"
 
 
 def test_without_a_tokenizer_token_ids_still_work():
@@ -231,3 +261,5 @@ def test_without_a_tokenizer_token_ids_still_work():
     assert choice["token_ids"] == [72, 101] and choice["logprobs"]["tokens"] == ["token_id:72", "token_id:101"]
     assert client.error(PATH, {"prompt": "Hi"})["param"] == "prompt"
     assert client.error(PATH, {"prompt": [1], "echo": True})["param"] == "echo"
+    choice = client.completion([5, 6], max_tokens=2, return_token_ids=True, echo=True)["choices"][0]
+    assert (choice["text"], choice["prompt_token_ids"], choice["token_ids"]) == ("", [5, 6], [72, 101])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 
@@ -42,7 +45,7 @@ def test_openais_client_chats(client):
     answer = client.chat.completions.create(model="fake", messages=[USER], logprobs=True, top_logprobs=2)
     assert answer.choices[0].message.content == "Hello, wörld!"
     assert answer.choices[0].logprobs.content[0].top_logprobs[0].token == "a"
-    assert answer.usage.prompt_tokens_details.cached_tokens == 5
+    assert answer.usage == openai.types.CompletionUsage(completion_tokens=14, prompt_tokens=20, total_tokens=34)
     stream = client.chat.completions.create(
         model="fake", messages=[USER], stream=True, stream_options={"include_usage": True}
     )
@@ -176,3 +179,19 @@ def test_behind_a_proxy_that_adds_a_path(engine):
         assert httpx.get(f"{url}/health").status_code == 200
         assert httpx.get(f"{url}/v1/models").status_code == 401
         assert httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer key"}).status_code == 200
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with the openssl command")
+def test_https(engine, tmp_path, caplog):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    made = ["-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "1"]
+    subprocess.run(["openssl", "req", "-x509", *made, *names], check=True, capture_output=True)
+    caplog.set_level("INFO", "distaff")
+    with running(engine, {"ssl_keyfile": key, "ssl_certfile": certificate}) as (address, _):
+        trusting = ssl.create_default_context(cafile=certificate)
+        secure = address.replace("http:", "https:")
+        assert httpx.get(f"{secure}/health", verify=trusting).status_code == 200
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"{address}/health")
+    assert f"ready: {secure} serves" in caplog.text

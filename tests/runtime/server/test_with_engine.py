@@ -41,7 +41,12 @@ def served(folder, executables, runner=ToyRunner, **settings):
     make_runner = partial(runner, executables)
     engine = Engine(folder, EngineConfig(warm_up=False, **settings), stat_loggers=[metrics], make_runner=make_runner)
     asynchronous = AsyncEngine(engine)
-    config = ServerConfig(served_model_names=("toy",), chat_template=TEMPLATE, shutdown_grace_seconds=0.1)
+    config = ServerConfig(
+        served_model_names=("toy",),
+        chat_template=TEMPLATE,
+        enable_prompt_tokens_details=True,
+        shutdown_grace_seconds=0.1,
+    )
     sock = bind("127.0.0.1", 0)
     address = url(sock)
     server = Server(build_app(asynchronous, config, metrics), asynchronous, config, log_level="warning")
