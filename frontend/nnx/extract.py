@@ -567,7 +567,7 @@ class Plan(NamedTuple):
             remaining = iter(updates)
             for spec in self.specs:
                 build.make_with(spec, remaining)
-        return self._result(build, out)
+        return self.rebuild(build, out)
 
     def _assign(self, structure: Structure, updates: Sequence[Any]) -> None:
         targets = structure.kept.get(self.changed)
@@ -583,7 +583,8 @@ class Plan(NamedTuple):
             variable: Any = structure.cells[i]
             variable.set_metadata(metadata)
 
-    def _result(self, build: Build, out: Any) -> Any:
+    def rebuild(self, build: Build, out: Any) -> Any:
+        """Put objects into the result."""
         if self.layout is None:
             return out
         leaves = [out] if self.layout is _WHOLE else self.layout.treedef.flatten_up_to(out)

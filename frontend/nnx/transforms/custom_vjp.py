@@ -69,7 +69,7 @@ class _Call:
         (residuals,) = taken.signature.enter(treedef.unflatten(arrays)).trees
         updates, out = self.exit.treedef.unflatten(cotangents)
         if self.exit.plan.layout is not None:
-            out = self.exit.plan._result(Build(), out)
+            out = self.exit.plan.rebuild(Build(), out)
         changed = dict(zip(self.exit.cells or (), updates, strict=True))
         statics = [self._args[i] for i in self._rule.statics]
         if self._rule.updates:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -384,7 +386,7 @@ def test_layers_are_made_and_scanned():
             )
 
         layers = create(nnx.Rngs(0))
-        names = layers.kernel.sharding_names if hasattr(layers.kernel, "sharding_names") else layers.kernel.out_sharding
+        names = layers.kernel.get_metadata("out_sharding")
         y = nnx.scan(
             lambda x, m: x @ m.kernel[...],
             in_axes=(nnx.Carry, 0),
@@ -424,7 +426,7 @@ def test_errors_name_the_variable_where_it_was_made_and_the_fix():
     model = block(nnx)
     x = jnp.ones((SIZE, WIDTH))
     text = error_of(lambda: nnx.vmap(add_input, in_axes=(None, 0))(model, x))
-    assert pytest.importorskip("re").search(rf"BatchStat 'count' \(made at .*{here}.*give it an axis in in_axes", text)
+    assert re.search(rf"BatchStat 'count' \(made at .*{here}.*give it an axis in in_axes", text)
     assert model.count.shape == (WIDTH,) and not isinstance(model.count[...], jax.core.Tracer)
     text = error_of(lambda: nnx.vmap(lambda m, x: x)(model, x))
     assert "inconsistent sizes" in text and "'count'" in text
