@@ -125,7 +125,7 @@ def normalize(
         param_dtype: to bring scale and bias to; None to leave them.
     """
     shape = tuple(size if axis in feature_axes else 1 for axis, size in enumerate(x.shape))
-    scale, bias = (None if param is None else param.reshape(shape) for param in (scale, bias))
+    scale, bias = (None if param is None else lax.reshape(param, shape) for param in (scale, bias))
     dtype = canonicalize_dtype(x, scale, bias, dtype=dtype)
     if param_dtype is not None:
         scale, bias = (None if param is None else jnp.asarray(param, param_dtype) for param in (scale, bias))
