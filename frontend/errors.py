@@ -92,8 +92,8 @@ class TransformTargetError(FlaxError):
 
     def __init__(self, target: object) -> None:
         super().__init__(
-            "Lifted transforms take a module class, or a function with a module as its first argument; got "
-            f"{target!r}."
+            "Linen transformations must be applied to Modules classes or functions taking a Module instance as the "
+            f"first argument; got {target!r}."
             + _wrong_right(
                 "y = nn.vmap(nn.Dense(4))(x)",
                 "y = nn.vmap(nn.Dense)(4)(x)  # or nn.vmap(lambda module, x: module(x))(nn.Dense(4), x)",
@@ -106,8 +106,8 @@ class TransformedMethodReturnValueError(FlaxError):
 
     def __init__(self, name: object) -> None:
         super().__init__(
-            f"The transformed method {name} returned a module or a variable, which exist only inside the transform. "
-            "Return arrays (variable.value), or create the module outside and pass it in."
+            f"Transformed module method {name} cannot return Modules or Variables: they exist only inside the "
+            "transform. Return arrays (variable.value), or create the module outside and pass it in."
         )
 
 
@@ -161,8 +161,8 @@ class ApplyScopeInvalidVariablesTypeError(FlaxError):
 
     def __init__(self) -> None:
         super().__init__(
-            "The first argument passed to an apply function should be a dictionary of collections, each a dictionary "
-            "with string keys, as init returns it."
+            "The first argument passed to an apply function should be a dictionary of collections. Each collection "
+            "should be a dictionary with string keys, as init returns it."
             + _wrong_right("model.apply(params, x)", "model.apply({'params': params}, x)")
         )
 
@@ -301,8 +301,7 @@ class SetAttributeInModuleSetupError(FlaxError):
 
     def __init__(self) -> None:
         super().__init__(
-            "A field given at construction cannot be reassigned in setup(): modules keep what they were configured "
-            "with. Derive a new attribute."
+            "Module construction attributes are frozen: setup() cannot reassign a field. Derive a new attribute."
             + _wrong_right(
                 "def setup(self):\n    self.features = 4 * self.features",
                 "def setup(self):\n    self.hidden = 4 * self.features",

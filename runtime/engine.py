@@ -149,6 +149,7 @@ class Engine:
         Raises `PromptError`, `SamplingParamsError`, `DuplicateRequestError` or `EngineOverloadedError`; then nothing
         has changed.
         """
+        params = params.clone()
         prompt = self._limits.check_prompt(prompt_token_ids, params)
         params = self._limits.check_params(params)
         bad_words = spellings(params.bad_words, self._tokenizer) if self._tokenizer else ()

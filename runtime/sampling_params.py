@@ -38,9 +38,9 @@ class RequestOutputKind(enum.Enum):
     FINAL_ONLY = 2  # nothing until the end
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class SamplingParams:
-    """Parameters of one request, immutable; use `dataclasses.replace` for another value.
+    """Parameters of a request. Assigned values are checked when a request is made of them, which keeps a copy.
 
     Sequences may be given as any sequence or None and are kept as tuples; ``stop`` may be one string. Raises
     `SamplingParamsError` with the parameter's name.
@@ -108,8 +108,8 @@ class SamplingParams:
             raise SamplingParamsError("min_tokens", f"is {self.min_tokens}, above max_tokens {self.max_tokens}")
 
     def clone(self) -> SamplingParams:
-        """Itself, because nothing can change it."""
-        return self
+        """A copy, checked again."""
+        return dataclasses.replace(self)
 
     @property
     def is_greedy(self) -> bool:
@@ -131,22 +131,21 @@ class SamplingParams:
 
     def _normalise(self) -> None:
         """Brings the accepted spellings of a value to one; the rest of the class sees only that."""
-        set_value = object.__setattr__
-        set_value(self, "stop", (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop))
-        set_value(self, "bad_words", _as_tuple("bad_words", self.bad_words))
-        set_value(self, "stop_token_ids", _as_token_ids("stop_token_ids", self.stop_token_ids))
+        self.stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
+        self.bad_words = _as_tuple("bad_words", self.bad_words)
+        self.stop_token_ids = _as_token_ids("stop_token_ids", self.stop_token_ids)
         if self.allowed_token_ids is not None:
             allowed = _as_token_ids("allowed_token_ids", self.allowed_token_ids)
             if not allowed:
                 raise SamplingParamsError("allowed_token_ids", "is empty: no token could be sampled")
-            set_value(self, "allowed_token_ids", allowed)
+            self.allowed_token_ids = allowed
         if self.logit_bias is not None:
-            set_value(self, "logit_bias", _as_logit_bias(self.logit_bias))
+            self.logit_bias = _as_logit_bias(self.logit_bias)
         if self.seed == -1:
-            set_value(self, "seed", None)
+            self.seed = None
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is True:
-                set_value(self, name, 1)
+                setattr(self, name, 1)
 
     def _check_numbers(self) -> None:
         _check_int("n", self.n, 1, MAX_N)

@@ -135,5 +135,5 @@ def combine_masks(*masks: Array | None, dtype: Dtype = jnp.float32) -> Array | N
     given = [mask for mask in masks if mask is not None]
     if not given:
         return None
-    check(all(mask.ndim == given[0].ndim for mask in given), "Masks must have the same rank", *given)
+    check(all(mask.ndim == given[0].ndim for mask in given), "masks must have same rank", *given)
     return functools.reduce(jnp.logical_and, given).astype(dtype)

@@ -24,7 +24,7 @@ def canonicalize_dtype(*args: Any, dtype: Dtype | None = None, inexact: bool = T
         if inexact and not jnp.issubdtype(dtype, jnp.inexact):
             dtype = jnp.promote_types(jnp.float32, dtype)
     if inexact and not jnp.issubdtype(dtype, jnp.inexact):
-        raise ValueError(f"The dtype to compute in must be floating or complex, got {dtype}.")
+        raise ValueError(f"Dtype must be inexact, that is floating or complex: {dtype}.")
     return dtype
 
 

@@ -214,7 +214,7 @@ class MultiHeadDotProductAttention(Module):
         inputs_k, inputs_v = _key_value_inputs(inputs_q, inputs_k, inputs_v, inputs_kv)
         qkv_features = self.qkv_features or inputs_q.shape[-1]
         if qkv_features % self.num_heads:
-            raise ValueError(f"num_heads {self.num_heads} does not divide the number of features, {qkv_features}.")
+            raise ValueError(f"The {qkv_features} features must be divisible by number of heads, {self.num_heads}.")
         project = functools.partial(
             self._dense,
             features=(self.num_heads, qkv_features // self.num_heads),

@@ -201,7 +201,11 @@ class Module(ModuleBase):
                 return self.__dict__[name]
             self._blame_property(name)
         cls = type(self).__name__
-        hint = "" if self.scope else f" If {name!r} is defined in setup(), it exists only inside init, apply and bind."
+        hint = (
+            ""
+            if self.scope
+            else f" If \"{name}\" is defined in '.setup()', it exists only inside init, apply and bind."
+        )
         raise AttributeError(f'"{cls}" object has no attribute "{name}".{hint}', name=name, obj=self)
 
     def _blame_property(self, name: str) -> None:

@@ -30,7 +30,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             query = RMSNorm(config.norm_epsilon, axis="head_dim", name="query_norm")(query)
             key = RMSNorm(config.norm_epsilon, axis="head_dim", name="key_norm")(key)
-        heads = self.attend(rotation(query), rotation(key), value)
+        heads = attend(config, self.window, rotation(query), rotation(key), value)
         return nn.DenseGeneral(
             config.hidden_size,
             axis=(-2, -1),
@@ -52,20 +52,21 @@ class Attention(nn.Module):
             name=name,
         )
 
-    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        """Weighted means of values: query ``[B, S, heads, D]``, key and value ``[B, S, kv_heads, D]``."""
-        config = self.config
-        batch, length = query.shape[:2]
-        grouped = query.reshape(batch, length, config.num_kv_heads, -1, config.head_dim)
-        scores = jnp.einsum("bqngd,bknd->bngqk", grouped, key, preferred_element_type=jnp.float32)
-        scores = softcap(scores * config.attention_scale, config.attention_softcap)
-        scores = jnp.where(self.visible(length), scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        return jnp.einsum("bngqk,bknd->bqngd", weights, value).reshape(query.shape)
 
-    def visible(self, length: int) -> jax.Array:
-        """Which key each query sees: bool ``[S, S]``."""
-        positions = jnp.arange(length)
-        query, key = positions[:, None], positions[None, :]
-        causal = key <= query
-        return causal if self.window is None else causal & (key > query - self.window)
+def attend(config: ModelConfig, window: int | None, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Weighted means of values: query ``[B, S, heads, D]``, key and value ``[B, S, kv_heads, D]``."""
+    batch, length = query.shape[:2]
+    grouped = query.reshape(batch, length, config.num_kv_heads, -1, config.head_dim)
+    scores = jnp.einsum("bqngd,bknd->bngqk", grouped, key, preferred_element_type=jnp.float32)
+    scores = softcap(scores * config.attention_scale, config.attention_softcap)
+    scores = jnp.where(visible(length, window), scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bngqk,bknd->bqngd", weights, value).reshape(query.shape)
+
+
+def visible(length: int, window: int | None) -> jax.Array:
+    """Which key each query sees: bool ``[S, S]``."""
+    positions = jnp.arange(length)
+    query, key = positions[:, None], positions[None, :]
+    causal = key <= query
+    return causal if window is None else causal & (key > query - window)

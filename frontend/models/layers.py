@@ -40,9 +40,14 @@ class RMSNorm(nn.Module):
         """``[..., size]`` to the same shape and dtype."""
         init = partitioned(self.axis, init=nn.initializers.constant(1.0 - self.offset))
         scale: jax.Array = self.param("scale", init, (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        return (y * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
+        return rms_norm(x, scale, self.epsilon, self.offset)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float, offset: float = 0.0) -> jax.Array:
+    """``x`` over its root mean square along the last axis, times ``offset + scale``; computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)
+    return (y * (offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
 class GatedMLP(nn.Module):

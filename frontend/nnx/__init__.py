@@ -5,6 +5,7 @@ from distaff.frontend.layers.pooling import avg_pool as avg_pool
 from distaff.frontend.layers.pooling import max_pool as max_pool
 from distaff.frontend.layers.pooling import min_pool as min_pool
 from distaff.frontend.layers.pooling import pool as pool
+from distaff.frontend.nnx import bridge as bridge
 from distaff.frontend.nnx.capture import capture as capture
 from distaff.frontend.nnx.config import set_graph_mode as set_graph_mode
 from distaff.frontend.nnx.config import set_graph_updates as set_graph_updates

@@ -132,8 +132,8 @@ class Sequential(Module):
         self.layers = data(List(fns))
 
     def __call__(self, *args: Any, rngs: Any = None, **kwargs: Any) -> Any:
-        """The last result; without layers, the first argument."""
-        result: Any = args[0] if args else None
+        """The last result; without layers what was given: the argument, the tuple of arguments, or the dict."""
+        result: Any = args[0] if len(args) == 1 else args or kwargs or None
         for i, fn in enumerate(self.layers):
             if not callable(fn):
                 raise TypeError(f"Layer {i} of nnx.Sequential cannot be called: {fn!r}.")

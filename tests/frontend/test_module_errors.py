@@ -275,5 +275,5 @@ def test_a_failing_call_names_what_unbound_modules_lack():
         def setup(self):
             self.layer = nn.Dense(2)
 
-    with pytest.raises(AttributeError, match=r"defined in setup\(\)"):
+    with pytest.raises(AttributeError, match=r"is defined in '\.setup\(\)'"):
         _ = Model().layer

@@ -127,6 +127,21 @@ def test_output_kinds(make_engine, kind):
         assert all(text.startswith(o.outputs[0].text) for o in outputs)
 
 
+def test_parameters_assigned_later_are_checked_and_leave_running_requests_alone(make_engine):
+    engine = make_engine()
+    params = GREEDY(max_tokens=3, ignore_eos=True)
+    engine.add_request("first", [5, 6], params)
+    params.max_tokens = 5
+    engine.add_request("second", [5, 6], params)
+    params.temperature = -1.0
+    with pytest.raises(SamplingParamsError, match="temperature"):
+        engine.add_request("third", [5, 6], params)
+    finished = {}
+    while engine.has_unfinished:
+        finished |= {out.request_id: len(out.outputs[0].token_ids) for out in engine.step() if out.finished}
+    assert finished == {"first": 3, "second": 5}
+
+
 def test_stop_strings_end_a_request(make_engine):
     engine = make_engine(tokenizer=byte_backend())
     prompt = engine.tokenizer.encode("Hello")

@@ -292,8 +292,11 @@ def test_replaced_arrays_are_not_kept_alive():
     model = net(nnx)
     nnx.split(model)
     gone = weakref.ref(model.offset), weakref.ref(model.w[...])
-    nnx.jit(lambda model: (setattr(model, "offset", model.offset + 1), model.w.set_value(model.w[...] + 1)) and None)(
-        model
-    )
+
+    @nnx.jit
+    def step(model):
+        model.offset, model.w[...] = model.offset + 1, model.w[...] + 1
+
+    step(model)
     gc.collect()
     assert gone[0]() is None and gone[1]() is None

@@ -267,3 +267,35 @@ def test_convolutions_refuse_what_groups_or_axes_do_not_fit():
         nnx.Conv(3, 4, 2, feature_group_count=2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="spatial axes"):
         nnx.Conv(4, 4, (2, 2), rngs=nnx.Rngs(0))(X[0])
+
+
+def test_sequential(lib):
+    def split(x, *, rngs):
+        return x + rngs.params.uniform(), 2.0
+
+    chain = lib.Sequential(lib.Linear(4, 4, rngs=lib.Rngs(0)), split, lambda x, y: {"x": x, "y": y}, lambda x, y: x * y)
+    expected = 2 * (chain.layers[0](X) + lib.Rngs(1).params.uniform())
+    np.testing.assert_allclose(chain(X, rngs=lib.Rngs(1)), expected, atol=1e-6)
+    assert lib.Sequential()(1) == 1 and lib.Sequential()(1, 2) == (1, 2) and lib.Sequential()(a=1) == {"a": 1}
+    assert lib.Sequential()() is None
+    with pytest.raises(TypeError):
+        lib.Sequential(3)(X)
+
+
+def test_out_sharding_on_a_mesh_with_explicit_axes(lib):
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    rows = jax.P("x")
+    with jax.sharding.set_mesh(mesh):
+        rngs, x = lib.Rngs(0), jnp.ones((2, 4))
+        embed = lib.Embed(5, 4, rngs=rngs)
+        ids = jnp.zeros(2, jnp.int32)
+        results = {
+            "Linear": lib.Linear(4, 3, rngs=rngs)(x, out_sharding=rows),
+            "LinearGeneral": lib.LinearGeneral(4, 3, rngs=rngs)(x, out_sharding=rows),
+            "Einsum": lib.Einsum("ab,bc->ac", (4, 3), rngs=rngs)(x, out_sharding=rows),
+            "Embed": embed(ids, out_sharding=rows),
+            "attend": embed.attend(x, out_sharding=rows),
+            "Dropout": lib.Dropout(0.5, rngs=rngs)(embed(ids, out_sharding=rows)),
+        }
+        for name, result in results.items():
+            assert jax.typeof(result).sharding.spec[0] == "x", name

@@ -1,0 +1,9 @@
+"""Between Linen and NNX: modules of one kind inside the other, and their variables."""
+
+from distaff.frontend.nnx.bridge.variables import NNXMeta as NNXMeta
+from distaff.frontend.nnx.bridge.variables import with_partitioning as with_partitioning
+from distaff.frontend.nnx.bridge.wrappers import ToLinen as ToLinen
+from distaff.frontend.nnx.bridge.wrappers import ToNNX as ToNNX
+from distaff.frontend.nnx.bridge.wrappers import lazy_init as lazy_init
+from distaff.frontend.nnx.bridge.wrappers import to_linen as to_linen
+from distaff.frontend.nnx.bridge.wrappers import to_linen_class as to_linen_class
