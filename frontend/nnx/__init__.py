@@ -125,6 +125,7 @@ from distaff.frontend.nnx.pytrees import check_pytree as check_pytree
 from distaff.frontend.nnx.pytrees import data as data
 from distaff.frontend.nnx.pytrees import dataclass as dataclass
 from distaff.frontend.nnx.pytrees import static as static
+from distaff.frontend.nnx.representation import display as display
 from distaff.frontend.nnx.rng_splitting import backup_keys as backup_keys
 from distaff.frontend.nnx.rng_splitting import fork_rngs as fork_rngs
 from distaff.frontend.nnx.rng_splitting import reseed as reseed
@@ -154,6 +155,7 @@ from distaff.frontend.nnx.state import restore_int_paths as restore_int_paths
 from distaff.frontend.nnx.state import split_state as split_state
 from distaff.frontend.nnx.state import to_flat_state as to_flat_state
 from distaff.frontend.nnx.state import to_pure_dict as to_pure_dict
+from distaff.frontend.nnx.summary import tabulate as tabulate
 from distaff.frontend.nnx.training import metrics as metrics
 from distaff.frontend.nnx.training import optimizer as optimizer
 from distaff.frontend.nnx.training.ema import EMA as EMA

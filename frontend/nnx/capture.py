@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from distaff.frontend.nnx.filters import PathParts
@@ -30,10 +30,10 @@ class _Capture:
     """One call: for each node of the module, by its id, the path and what was stored under which name."""
 
     def __init__(self, module: Any, init: Mapping[Any, Any] | None) -> None:
-        self._nodes = [(path, node) for path, node in iter_graph(module, graph=True) if isinstance(node, Pytree)]
-        self.stores: dict[int, Store] = {id(node): {} for _, node in self._nodes}
+        self.nodes = [(path, node) for path, node in iter_graph(module, graph=True) if isinstance(node, Pytree)]
+        self.stores: dict[int, Store] = {id(node): {} for _, node in self.nodes}
         self._given: set[PathParts] = set()
-        at = {path: self.stores[id(node)] for path, node in self._nodes}
+        at = {path: self.stores[id(node)] for path, node in self.nodes}
         for path, variable in iter_flat(init or {}):
             if path[:-1] not in at:
                 raise ValueError(f"`init` has {path}, and the captured module has nothing at {path[:-1]}.")
@@ -42,7 +42,7 @@ class _Capture:
 
     def states(self, types: tuple[type[Variable[Any]], ...]) -> tuple[State, ...]:
         """For each type, what was stored of it."""
-        found = (((*path, name), value) for path, node in self._nodes for name, value in self.stores[id(node)].items())
+        found = (((*path, name), value) for path, node in self.nodes for name, value in self.stores[id(node)].items())
         wanted = ((path, value) for path, value in found if path not in self._given and type(value) in types)
         flat = FlatState(wanted, sort=True)
         return tuple(group.to_nested_state() for group in filter_flat(flat, types))
@@ -57,18 +57,22 @@ def captured_store(module: Any) -> Store | None:
 
 
 @contextlib.contextmanager
-def _outputs_sown(capture: _Capture, variable_type: type[Variable[Any]]) -> Iterator[None]:
-    """Have the methods of the captured modules sow what they return, under their own names."""
+def wrapped_methods(nodes: Iterable[Any], wrap: Callable[[Any, str], Any]) -> Iterator[None]:
+    """Have the methods that the classes of some nodes define (``__call__`` and public ones) replaced in a block.
+
+    Args:
+        nodes: of whose classes.
+        wrap: ``(method, name) -> method``.
+    """
     changed: list[tuple[type, str, Any]] = []
-    for _, node in capture._nodes:
-        for cls in type(node).__mro__:
-            if cls.__module__ in _BASE_MODULES or not issubclass(cls, Pytree):
-                continue
-            for name, method in list(vars(cls).items()):
-                is_method = inspect.isfunction(method) and not hasattr(method, "_sows")
-                if is_method and (name == "__call__" or not name.startswith("_")):
-                    changed.append((cls, name, method))
-                    type.__setattr__(cls, name, _sowing(method, name, capture, variable_type))
+    classes = dict.fromkeys(cls for node in nodes for cls in type(node).__mro__)
+    for cls in classes:
+        if cls.__module__ in _BASE_MODULES or not issubclass(cls, Pytree):
+            continue
+        for name, method in list(vars(cls).items()):
+            if inspect.isfunction(method) and (name == "__call__" or not name.startswith("_")):
+                changed.append((cls, name, method))
+                type.__setattr__(cls, name, functools.wraps(method)(wrap(method, name)))
     try:
         yield
     finally:
@@ -76,21 +80,22 @@ def _outputs_sown(capture: _Capture, variable_type: type[Variable[Any]]) -> Iter
             type.__setattr__(cls, name, method)
 
 
-_BASE_MODULES = frozenset(
-    {"distaff.frontend.nnx.module", "distaff.frontend.nnx.pytrees", "distaff.frontend.nnx.containers"}
-)
+_BASE_MODULES = frozenset(f"distaff.frontend.nnx.{name}" for name in ("module", "pytrees", "containers"))
 
 
-def _sowing(method: Any, name: str, capture: _Capture, variable_type: type[Variable[Any]]) -> Any:
-    @functools.wraps(method)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out = method(self, *args, **kwargs)
-        if id(self) in capture.stores:
-            self.sow(variable_type, name, out)
-        return out
+def _sowing(capture: _Capture, variable_type: type[Variable[Any]]) -> Callable[[Any, str], Any]:
+    """For ``wrapped_methods``: methods of captured modules sow what they return, under their own names."""
 
-    wrapped._sows = True  # type: ignore[attr-defined]
-    return wrapped
+    def wrap(method: Any, name: str) -> Any:
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            out = method(self, *args, **kwargs)
+            if id(self) in capture.stores:
+                self.sow(variable_type, name, out)
+            return out
+
+        return wrapped
+
+    return wrap
 
 
 def capture(
@@ -122,7 +127,8 @@ def capture(
     def captured(*args: Any, **kwargs: Any) -> Any:
         running = _Capture(own if isinstance(own, Pytree) else args[0] if args else None, init)
         _captures.running.append(running)
-        sown: Any = contextlib.nullcontext() if method_outputs is None else _outputs_sown(running, method_outputs)
+        nodes = [node for _, node in running.nodes] if method_outputs is not None else []
+        sown = wrapped_methods(nodes, _sowing(running, method_outputs or Variable))
         try:
             with sown:
                 out = fn(*args, **kwargs)

@@ -22,6 +22,12 @@ def represent(x: Any) -> str:
     return _text(x, "", frozenset(), outermost=True)
 
 
+def display(*args: Any) -> None:
+    """Print objects, variables, states or other values."""
+    for x in args:
+        print(x)
+
+
 def _text(x: Any, indent: str, above: frozenset[int], outermost: bool = False) -> str:
     if id(x) in above:
         return f"{type(x).__name__}(...)"

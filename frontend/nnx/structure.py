@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, pairwise
+from itertools import chain, compress, pairwise
 from typing import Any
 
 import jax
@@ -229,7 +229,9 @@ class Structure:
     Attributes:
         specs: the definition of each root.
         cells: the variables and arrays, in the order of the definitions.
-        num_cells: how many of them each root has.
+        spans: which of them each root has.
+        graph: whether shared references were followed.
+        kept: what functions derived from this structure.
     """
 
     def __init__(self, roots: Sequence[Any], graph: bool) -> None:
@@ -239,16 +241,21 @@ class Structure:
         self.cells = walk.cells
         self.graph = graph
         self._graphdef: GraphDef[Any] | None = None
-        self.kept: dict[Any, Any] = {}  # what functions derived from this structure
+        self.kept: dict[Any, Any] = {}
         self._roots: tuple[Any, ...] = ()
         self._dicts = walk.dicts
+        self._lengths = list(map(len, walk.dicts))
         self._keys = list(chain.from_iterable(walk.dicts))
+        # Arrays are compared by kind and not kept: others may stand in their places at the next call.
+        cells = [cell for cell in walk.cells if isinstance(cell, AttributeCell)]
+        leaves = {(id(cell.attributes), cell.name) for cell in cells}
+        self._arrays = [(cell, kind_of(cell._raw_value)) for cell in cells]
+        self._compared = [(id(d), key) not in leaves for d in walk.dicts for key in d]
         self._values = self._current_values()
         self._variables = [cell for cell in walk.cells if isinstance(cell, Variable)]
         self._metadata = [variable._var_metadata for variable in self._variables]
         self._containers = walk.containers
         self._changeable = walk.changeable
-        self._leaves = {(id(c.attributes), c.name) for c in walk.cells if isinstance(c, AttributeCell)}
 
     @property
     def graphdef(self) -> GraphDef[Any]:
@@ -267,36 +274,27 @@ class Structure:
         self._roots = tuple(weakref.ref(root, on_death) for root in roots)
 
     def _current_values(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._dicts)))
+        """All attributes but arrays; meaningful while the keys are those of the walk."""
+        return list(compress(chain.from_iterable(map(dict.values, self._dicts)), self._compared))
 
     def is_current(self) -> bool:
         """Whether another walk would find the same."""
-        keys = list(chain.from_iterable(self._dicts))
-        if len(keys) != len(self._keys) or not all(map(operator.is_, keys, self._keys)):
+        if list(map(len, self._dicts)) != self._lengths:
             return False
-        values = self._current_values()
-        if not all(map(operator.is_, values, self._values)) and not self._only_leaves_differ(values):
+        if not all(map(operator.is_, chain.from_iterable(self._dicts), self._keys)):
             return False
+        if not all(map(operator.is_, self._current_values(), self._values)):
+            return False
+        for cell, kind in self._arrays:
+            value = cell._raw_value
+            if value is None or kind_of(value) is not kind:
+                return False
         metadata = [variable._var_metadata for variable in self._variables]
         if not all(map(operator.is_, metadata, self._metadata)):
             return False
         if self._changeable and any(fingerprint(c.value) != c.key for c in self._changeable):
             return False
         return all(_same_content(*entry) for entry in self._containers)
-
-    def _only_leaves_differ(self, values: list[Any]) -> bool:
-        """Whether the values that differ are those of array attributes; they are what is compared with from now on."""
-        owners = chain.from_iterable(zip([id(d)] * len(d), d, strict=True) for d in self._dicts)
-        for owner, new, old in zip(owners, values, self._values, strict=True):
-            if new is not old and not (
-                owner in self._leaves
-                and kind_of(new) in (Kind.DATA, Kind.STATIC)
-                and new is not None
-                and (kind_of(new) is kind_of(old))
-            ):
-                return False
-        self._values = values
-        return True
 
 
 def _same_content(container: Any, children: list[Any], treedef: Any) -> bool:

@@ -194,6 +194,7 @@ def changing():
     model.plain = nnx.data([jnp.ones(1), {"x": nnx.Param(1.0)}])
     model.sizes, model.table, model.config = [1, 2], {"a": 1}, Config(1)
     model.flag = nnx.data(3)
+    model.empty, model.last = nnx.Dict(), nnx.Param(jnp.ones(1))
     return model
 
 
@@ -230,6 +231,7 @@ CHANGES = {
     "object.__setattr__": lambda m: object.__setattr__(m.inner, "scale", 6),
     "new __dict__": lambda m: setattr(m, "__dict__", {**vars(m), "scale": 8}),
     "renamed": lambda m: (setattr(m, "v", m.w), delattr(m, "w")),
+    "moved to a child": lambda m: (setattr(m.empty, "last", m.last), delattr(m, "last")),
     "swapped": lambda m: (setattr(m, "keep", m.w), setattr(m, "w", m.inner.w), setattr(m.inner, "w", m.keep)),
     "another class": lambda m: setattr(m.inner, "__class__", type("Other", (nnx.Module,), {})),
     "value only": lambda m: m.w.set_value(jnp.full(3, 6.0, float)),
@@ -284,3 +286,17 @@ def test_nothing_is_kept_alive():
         assert gone[0]() is None and gone[3]() is None
     finally:
         gc.enable()
+
+
+def test_replaced_arrays_are_not_kept_alive():
+    model = net(nnx)
+    nnx.split(model)
+    gone = weakref.ref(model.offset), weakref.ref(model.w[...])
+
+    @nnx.jit
+    def step(model):
+        model.offset, model.w[...] = model.offset + 1, model.w[...] + 1
+
+    step(model)
+    gc.collect()
+    assert gone[0]() is None and gone[1]() is None
