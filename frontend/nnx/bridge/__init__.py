@@ -1,5 +1,8 @@
 """Between Linen and NNX: modules of one kind inside the other, and their variables."""
 
+from distaff.frontend.nnx.bridge.module import Module as Module
+from distaff.frontend.nnx.bridge.module import compact as compact
+from distaff.frontend.nnx.bridge.module import current_module as current_module
 from distaff.frontend.nnx.bridge.variables import NNXMeta as NNXMeta
 from distaff.frontend.nnx.bridge.variables import with_partitioning as with_partitioning
 from distaff.frontend.nnx.bridge.wrappers import ToLinen as ToLinen

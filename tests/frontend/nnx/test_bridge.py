@@ -177,3 +177,50 @@ def test_metadata_of_variables_survives_in_a_box():
     back = bridge_variables.to_nnx_var("params", box)
     assert back.note == 3 and type(back) is nnx.Param
     assert bridge_variables.is_vanilla_variable(nnx.Param(1.0)) and not bridge_variables.is_vanilla_variable(variable)
+
+
+def written_as_linen(nnx, nn):
+    bridge = nnx.bridge
+
+    class Affine(bridge.Module):
+        features: int = 5
+
+        @bridge.compact
+        def __call__(self, x):
+            kernel = self.param("kernel", jax.nn.initializers.normal(), (x.shape[-1], self.features))
+            calls = self.variable("batch_stats", "calls", lambda: jnp.zeros(()))
+            calls[...] += 1
+            return x @ kernel[...] + jax.random.normal(self.make_rng("noise"), (self.features,))
+
+    class WithSetup(bridge.Module):
+        def setup(self):
+            self.a = Affine(3)
+            self.b = Affine(2)
+
+        def __call__(self, x):
+            return self.b(self.a(x))
+
+    class WithCompact(bridge.Module):
+        @bridge.compact
+        def __call__(self, x):
+            return Affine(2, name="last")(Affine(4)(Affine(3)(x)))
+
+    return Affine(), WithSetup(), WithCompact()
+
+
+def test_modules_written_as_in_linen():
+    seen = []
+    for nnx_, nn_ in LIBRARIES:
+        results = {}
+        for i, model in enumerate(written_as_linen(nnx_, nn_)):
+            for rngs in (3, {"params": jax.random.key(0), "noise": jax.random.key(1)}):
+                variables = model.init(rngs, X)
+                results |= {f"{i} {type(rngs)} {k}": v for k, v in flat(variables).items()}
+            keys = {"noise": jax.random.key(2)}
+            out, changed = model.apply(variables, X, rngs=keys, mutable=["batch_stats"])
+            results |= {f"{i} out": np.asarray(out), **{f"{i} changed {k}": v for k, v in flat(changed).items()}}
+            results[f"{i} plain"] = np.asarray(model.apply(variables, X, rngs=keys))
+        seen.append(results)
+    assert_equal(*seen)
+    with pytest.raises(ValueError, match="init"):
+        written_as_linen(nnx, nn)[0](X)
