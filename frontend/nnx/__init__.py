@@ -198,6 +198,9 @@ from distaff.frontend.nnx.traversal import iter_children as iter_children
 from distaff.frontend.nnx.traversal import iter_graph as iter_graph
 from distaff.frontend.nnx.traversal import recursive_map as recursive_map
 from distaff.frontend.nnx.traversal import set_metadata as set_metadata
+from distaff.frontend.nnx.variable_names import register_variable_name as register_variable_name
+from distaff.frontend.nnx.variable_names import variable_name_from_type as variable_name_from_type
+from distaff.frontend.nnx.variable_names import variable_type_from_name as variable_type_from_name
 from distaff.frontend.nnx.variables import PARTITION_NAME as PARTITION_NAME
 from distaff.frontend.nnx.variables import BatchStat as BatchStat
 from distaff.frontend.nnx.variables import Cache as Cache
@@ -206,7 +209,4 @@ from distaff.frontend.nnx.variables import Param as Param
 from distaff.frontend.nnx.variables import Perturbation as Perturbation
 from distaff.frontend.nnx.variables import Variable as Variable
 from distaff.frontend.nnx.variables import VariableMetadata as VariableMetadata
-from distaff.frontend.nnx.variables import register_variable_name as register_variable_name
-from distaff.frontend.nnx.variables import variable_name_from_type as variable_name_from_type
-from distaff.frontend.nnx.variables import variable_type_from_name as variable_type_from_name
 from distaff.frontend.nnx.variables import with_metadata as with_metadata

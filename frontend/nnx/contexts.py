@@ -16,9 +16,9 @@ import jax
 
 from distaff.frontend import struct
 from distaff.frontend.nnx import graph as graphs
-from distaff.frontend.nnx.extract import is_object
 from distaff.frontend.nnx.filters import Filter
 from distaff.frontend.nnx.graphdef import Build, GraphDef, NodeDef, nested_leaves
+from distaff.frontend.nnx.object_trees import is_object
 from distaff.frontend.nnx.state import FlatState, State, split_flat
 from distaff.frontend.nnx.structure import Walk
 from distaff.frontend.nnx.variables import Variable

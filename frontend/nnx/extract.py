@@ -10,123 +10,16 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from distaff.frontend.nnx.filters import Filter, PathParts, ordered_predicates
-from distaff.frontend.nnx.graphdef import Build, NodeDef, NodeRef, Spec, VariableDef
-from distaff.frontend.nnx.kinds import Kind, kind_of
-from distaff.frontend.nnx.origin import describe_origin
-from distaff.frontend.nnx.state import State
-from distaff.frontend.nnx.structure import ItemCell, Structure, Walk, paths_of, structure_of
+from distaff.frontend.nnx.graphdef import Build, Spec
+from distaff.frontend.nnx.object_trees import WHOLE, Layout, Taken, count_objects, put_tree, take_tree
+from distaff.frontend.nnx.prefix_mapping import PrefixMapping, check_aliases, object_prefixes
+from distaff.frontend.nnx.structure import ItemCell, Structure, Walk, structure_of
 from distaff.frontend.nnx.variables import Variable, assign_all
-
-
-class PrefixMapping:
-    """What a transform's specification gives for an object: a value for each filter, such as an axis or a sharding.
-
-    Args:
-        mapping: filters and values; each variable has the value of the first filter that matches it.
-    """
-
-    def __init__(self, mapping: Mapping[Filter, Any] | Iterable[tuple[Filter, Any]], /) -> None:
-        items = list(mapping.items() if isinstance(mapping, Mapping) else mapping)
-        self.filters: tuple[Filter, ...] = tuple(filter for filter, _ in items)
-        self.values: tuple[Any, ...] = tuple(value for _, value in items)
-
-    def map_prefix(self, path: PathParts, variable: Any) -> Any:
-        """The value for a variable.
-
-        Raises:
-            ValueError: no filter matches it.
-        """
-        return self.values[self._first_match(path, variable)]
-
-    def _first_match(self, path: PathParts, variable: Any) -> int:
-        for i, matches in enumerate(ordered_predicates(self.filters)):
-            if matches(path, variable):
-                return i
-        raise ValueError(f"No filter of {self} matches {path}: {variable}. Use `...` to match all that remain.")
-
-    def groups(self, spec: Spec, cells: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
-        """For each filter, which of the leaves of a definition it takes."""
-        groups: list[list[int]] = [[] for _ in self.filters]
-        for i, (path, cell) in enumerate(zip(paths_of(spec), cells, strict=True)):
-            value = cell if isinstance(cell, Variable) else cell._raw_value
-            groups[self._first_match(path, value)].append(i)
-        return tuple(map(tuple, groups))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({dict(zip(map(repr, self.filters), self.values, strict=True))})"
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and (self.filters, self.values) == (other.filters, other.values)
-
-    def __hash__(self) -> int:
-        return hash((self.filters, self.values))
-
-
-def is_object(x: Any) -> bool:
-    """Whether transforms take ``x`` apart: nodes, variables and states."""
-    return kind_of(x) <= Kind.NODE or isinstance(x, State)
-
-
-def is_object_or_prefix(x: Any) -> bool:
-    """As ``is_object``, or a ``PrefixMapping``: where trees of specifications end."""
-    return isinstance(x, PrefixMapping) or is_object(x)
-
-
-class Layout(NamedTuple):
-    """Where objects stand in a tree: its treedef with them as leaves, and which of the leaves they are."""
-
-    treedef: Any
-    positions: tuple[int, ...]
-
-
-_WHOLE = Layout(None, ())  # the tree is an object itself
-
-
-class Taken(NamedTuple):
-    """A tree without its objects.
-
-    Attributes:
-        leaves: its leaves, None where an object stood; the tree itself if ``layout`` is None.
-        layout: where the objects stood; None if there are none.
-        objects: them.
-    """
-
-    leaves: Any
-    layout: Layout | None
-    objects: list[Any]
-
-
-def take_tree(tree: Any) -> Taken:
-    """Find the objects in a tree."""
-    kind = kind_of(tree)
-    if kind <= Kind.NODE or isinstance(tree, State):
-        return Taken(None, _WHOLE, [tree])
-    if kind is not Kind.CONTAINER:
-        return Taken(tree, None, [])
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_object)
-    positions = tuple(i for i, leaf in enumerate(leaves) if is_object(leaf))
-    if not positions:
-        return Taken(tree, None, [])
-    return Taken(leaves, Layout(treedef, positions), [leaves[i] for i in positions])
-
-
-def put_tree(leaves: Any, layout: Layout | None, values: Iterable[Any]) -> Any:
-    """The tree with other values where its objects stood."""
-    if layout is None:
-        return leaves
-    if layout is _WHOLE:
-        (value,) = values
-        return value
-    leaves = list(leaves)
-    for position, value in zip(layout.positions, values, strict=True):
-        leaves[position] = value
-    return layout.treedef.unflatten(leaves)
 
 
 class Leaves(NamedTuple):
@@ -180,7 +73,7 @@ class Signature:
         self.specs = specs
         self.leaves = leaves
         self.prefixes = prefixes
-        self.owners = tuple(i for i, layout in enumerate(layouts) for _ in range(_count(layout)))
+        self.owners = tuple(i for i, layout in enumerate(layouts) for _ in range(count_objects(layout)))
         self.graph = graph
 
     def split_trees(self, trees: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -189,7 +82,7 @@ class Signature:
         for layout, tree in zip(self.layouts, trees, strict=True):
             if layout is None:
                 leaves.append(tree)
-            elif layout is _WHOLE:
+            elif layout is WHOLE:
                 leaves.append(None)
                 pure.append(tree)
             else:
@@ -202,22 +95,18 @@ class Signature:
         """The trees with ``values`` where objects stood."""
         remaining = iter(values)
         return [
-            put_tree(own, layout, [next(remaining) for _ in range(_count(layout))])
+            put_tree(own, layout, [next(remaining) for _ in range(count_objects(layout))])
             for own, layout in zip(leaves, self.layouts, strict=True)
         ]
 
     def updates_tree(self, packed: Iterable[Any]) -> list[Any]:
         """The trees with tuples where objects stood and None for all else."""
-        nothing = [None if x is None or x is _WHOLE else [None] * x.treedef.num_leaves for x in self.layouts]
+        nothing = [None if x is None or x is WHOLE else [None] * x.treedef.num_leaves for x in self.layouts]
         return self.join_trees(nothing, packed)
 
     def enter(self, trees: Sequence[Any]) -> Inside:
         """Make objects of the tuples in ``trees``, new ones that belong to the running JAX transform."""
         return Inside(self, trees)
-
-
-def _count(layout: Layout | None) -> int:
-    return 0 if layout is None else 1 if layout is _WHOLE else len(layout.positions)
 
 
 _signatures: weakref.WeakValueDictionary[Any, Signature] = weakref.WeakValueDictionary()
@@ -264,7 +153,7 @@ def take(
     objects = [x for tree in taken for x in tree.objects]
     structure = structure_of(objects, graph)
     layouts = tuple([tree.layout for tree in taken])
-    of_objects = None if prefixes is None else tuple(_object_prefixes(taken, prefixes))
+    of_objects = None if prefixes is None else tuple(object_prefixes(taken, prefixes))
     key = layouts, of_objects
     signature = structure.kept.get(key)
     if signature is None:
@@ -291,86 +180,6 @@ def _leaves(specs: Sequence[Spec], cells: Sequence[Any], spans: Sequence[tuple[i
         for spec, (start, end), prefix in zip(specs, spans, prefixes or [None] * len(specs), strict=True)
     )
     return Leaves(tuple(spans), groups)
-
-
-def _object_prefixes(taken: Sequence[Taken], prefixes: Sequence[Any]) -> list[Any]:
-    """The prefix of each object."""
-    found: list[Any] = []
-    for tree, prefix in zip(taken, prefixes, strict=True):
-        if tree.layout is None:
-            continue
-        if tree.layout is _WHOLE:
-            found.append(prefix)
-            continue
-        whole = tree.layout.treedef.unflatten(range(tree.layout.treedef.num_leaves))
-        spread = jax.tree.leaves(
-            jax.tree.map(lambda p, below: jax.tree.map(lambda _: _Box(p), below), prefix, whole, is_leaf=_ends_prefix),
-            is_leaf=lambda x: isinstance(x, _Box),
-        )
-        found += (spread[i].value for i in tree.layout.positions)
-    return found
-
-
-class _Box:
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-def _ends_prefix(x: Any) -> bool:
-    return x is None or isinstance(x, PrefixMapping)
-
-
-def check_aliases(structure: Structure, prefixes: Sequence[Any]) -> None:
-    """Raise ValueError if a variable stands at several places for which the prefixes say different things."""
-    cells = iter(structure.cells)
-    defined: dict[int, Spec] = {}
-    first: dict[int, tuple[PathParts, Any]] = {}
-
-    def prefix_at(prefix: Any, path: PathParts, variable: Any) -> Any:
-        return prefix.map_prefix(path, variable) if isinstance(prefix, PrefixMapping) else prefix
-
-    def again(spec: Spec, path: PathParts, prefix: Any, seen: frozenset[int]) -> None:
-        """Compare at a second place of what was defined before."""
-        number = getattr(spec, "number", None)
-        if number is None and not isinstance(spec, NodeDef):
-            return
-        if isinstance(spec, NodeRef):
-            spec = defined[spec.number]
-        if isinstance(spec, VariableDef):
-            where, (before, variable) = first[spec.number][0], first[spec.number][1]
-            now = prefix_at(prefix, path, variable)
-            if now != before:
-                raise ValueError(
-                    f"Inconsistent aliasing detected: the {spec.type.__name__} at {_dotted(where)}, made"
-                    f"{describe_origin(variable._origin)}, stands at {_dotted(path)} as well, with the specification "
-                    f"{before!r} there and {now!r} here. Give both the same, or pass the variable once."
-                )
-        elif isinstance(spec, NodeDef) and spec.number not in seen:
-            inside = seen if spec.number is None else seen | {spec.number}
-            for key, child in spec.attributes:
-                again(child, (*path, key), prefix, inside)
-
-    def visit(spec: Spec, path: PathParts, prefix: Any) -> None:
-        if isinstance(spec, NodeRef):
-            again(spec, path, prefix, frozenset())
-        elif isinstance(spec, VariableDef):
-            variable = next(cells)
-            defined[spec.number] = spec
-            first[spec.number] = path, (prefix_at(prefix, path, variable), variable)
-        elif isinstance(spec, NodeDef):
-            if spec.number is not None:
-                defined[spec.number] = spec
-            for key, child in spec.attributes:
-                visit(child, (*path, key), prefix)
-        elif not hasattr(spec, "key"):
-            next(cells)
-
-    for spec, prefix in zip(structure.specs, prefixes, strict=True):
-        visit(spec, (), prefix)
-
-
-def _dotted(path: PathParts) -> str:
-    return ".".join(map(str, path)) or "(the argument itself)"
 
 
 class Inside:
@@ -515,7 +324,7 @@ def _take_out(out: Any, walk: Walk, prefix: Any) -> tuple[Taken, Any, tuple[Spec
     known = len(walk.cells), len(walk.specs)
     spans = walk.visit_all(taken.objects)
     specs = tuple(walk.specs[known[1] :])
-    prefixes = None if prefix is None else _object_prefixes([taken], [prefix])
+    prefixes = None if prefix is None else object_prefixes([taken], [prefix])
     cells = walk.cells[known[0] :]
     leaves = _leaves(specs, cells, [(start - known[0], end - known[0]) for start, end in spans], prefixes)
     packed = leaves.pack([cell._raw_value for cell in cells])
@@ -587,8 +396,8 @@ class Plan(NamedTuple):
         """Put objects into the result."""
         if self.layout is None:
             return out
-        leaves = [out] if self.layout is _WHOLE else self.layout.treedef.flatten_up_to(out)
-        positions = (0,) if self.layout is _WHOLE else self.layout.positions
+        leaves = [out] if self.layout is WHOLE else self.layout.treedef.flatten_up_to(out)
+        positions = (0,) if self.layout is WHOLE else self.layout.positions
         remaining = iter(self.out_leaves.unpack(leaves[i] for i in positions))
         return put_tree(leaves, self.layout, [build.make_with(spec, remaining) for spec in self.out_specs])
 

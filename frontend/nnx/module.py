@@ -13,7 +13,8 @@ from distaff.frontend.nnx.filters import Filter, PathParts, to_predicate
 from distaff.frontend.nnx.graph import clone
 from distaff.frontend.nnx.pytrees import Pytree, PytreeMeta
 from distaff.frontend.nnx.traversal import iter_children, iter_graph
-from distaff.frontend.nnx.variables import Intermediate, Perturbation, Variable, variable_type_from_name
+from distaff.frontend.nnx.variable_names import variable_type_from_name
+from distaff.frontend.nnx.variables import Intermediate, Perturbation, Variable
 
 A = TypeVar("A")
 ModuleMeta = PytreeMeta

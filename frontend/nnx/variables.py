@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -21,6 +20,7 @@ from distaff.frontend.core import meta, spmd
 from distaff.frontend.jax_compat import running_trace
 from distaff.frontend.nnx import config
 from distaff.frontend.nnx.origin import Origin, describe_origin, find_origin
+from distaff.frontend.nnx.variable_operators import add_operators
 
 A = TypeVar("A")
 _MISSING: Any = object()
@@ -460,51 +460,6 @@ def _with_current_names(metadata: dict[str, Any]) -> dict[str, Any]:
     return metadata
 
 
-def _operand(x: Any) -> Any:
-    return x.get_value() if isinstance(x, Variable) else x
-
-
-def _binary(function: Callable[[Any, Any], Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    def forward(self: Variable[Any], other: Any) -> Any:
-        return function(self.get_value(), _operand(other))
-
-    def reflected(self: Variable[Any], other: Any) -> Any:
-        return function(_operand(other), self.get_value())
-
-    return forward, reflected
-
-
-def _unary(function: Callable[[Any], Any]) -> Callable[..., Any]:
-    return lambda self: function(self.get_value())
-
-
-def _in_place(self: Variable[Any], other: Any) -> Any:
-    raise NotImplementedError("Variables have no in-place operators. Use `variable[...] += x`.")
-
-
-def _add_operators() -> None:
-    import math
-
-    for name in "add sub mul matmul truediv floordiv mod pow lshift rshift and_ xor or_".split():
-        short = name.rstrip("_")
-        forward, reflected = _binary(getattr(operator, name))
-        setattr(Variable, f"__{short}__", forward)
-        setattr(Variable, f"__r{short}__", reflected)
-        setattr(Variable, f"__i{short}__", _in_place)
-    for name in ("eq", "ne", "lt", "le", "gt", "ge"):
-        setattr(Variable, f"__{name}__", _binary(getattr(operator, name))[0])
-    converters: dict[str, Callable[[Any], Any]] = {
-        "complex": complex,
-        "int": int,
-        "float": float,
-        "index": operator.index,
-        "trunc": math.trunc,
-    }
-    converters |= {"floor": math.floor, "ceil": math.ceil, "neg": operator.neg, "pos": operator.pos}
-    for name, function in {**converters, "abs": abs, "invert": operator.invert}.items():
-        setattr(Variable, f"__{name}__", _unary(function))
-
-
 def _register(cls: type[Variable[Any]]) -> None:
     """Variables are pytree nodes: the value is the child, the metadata static."""
 
@@ -522,7 +477,7 @@ def _register(cls: type[Variable[Any]]) -> None:
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
 
 
-_add_operators()
+add_operators(Variable)
 _register(Variable)
 
 
@@ -567,63 +522,5 @@ def with_metadata(
 
     return init
 
-
-# Names of types, as Linen's collections have them.
-
-_names: dict[str, type[Variable[Any]]] = {}
-
-
-def register_variable_name(name: str, typ: Any = _MISSING, *, overwrite: bool = False) -> Any:
-    """Give a variable type the name of a collection; without ``typ``, a class decorator.
-
-    Raises:
-        ValueError: the name is taken and ``overwrite`` is not set.
-    """
-    if typ is _MISSING:
-        return lambda cls: register_variable_name(name, cls, overwrite=overwrite)
-    if name in _names and not overwrite:
-        raise ValueError(f"The name {name!r} already belongs to {_names[name]}. Pass overwrite=True to replace it.")
-    _names[name] = typ
-    return typ
-
-
-def variable_name_from_type(typ: type[Variable[Any]], /, *, allow_register: bool = False) -> str:
-    """The registered name of a type; with ``allow_register`` the name of a new one is that of the class.
-
-    Raises:
-        ValueError: the type has no name.
-    """
-    for name, known in _names.items():
-        if known is typ:
-            return name
-    if not allow_register:
-        raise ValueError(f"{typ} has no name. Use nnx.register_variable_name, or pass allow_register=True.")
-    register_variable_name(typ.__name__, typ)
-    return typ.__name__
-
-
-def variable_type_from_name(
-    name: str, /, *, base: type[Variable[Any]] = Variable, allow_register: bool = False
-) -> type[Variable[Any]]:
-    """The type of a name; with ``allow_register`` an unknown name makes a new subclass of ``base``.
-
-    Raises:
-        ValueError: the name belongs to no type.
-    """
-    if name not in _names:
-        if not allow_register:
-            raise ValueError(f"No type is named {name!r}. Use nnx.register_variable_name, or pass allow_register=True.")
-        register_variable_name(name, type(name, (base,), {}))
-    return _names[name]
-
-
-for _name, _type in {
-    "params": Param,
-    "batch_stats": BatchStat,
-    "cache": Cache,
-    "intermediates": Intermediate,
-    "perturbations": Perturbation,
-}.items():
-    register_variable_name(_name, _type)
 
 PARTITION_NAME = meta.PARTITION_NAME

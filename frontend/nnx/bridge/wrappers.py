@@ -25,7 +25,8 @@ from distaff.frontend.nnx.rngs import Rngs, RngState
 from distaff.frontend.nnx.state import State, to_flat_state
 from distaff.frontend.nnx.transforms.abstract import eval_shape
 from distaff.frontend.nnx.traversal import iter_graph
-from distaff.frontend.nnx.variables import Variable, variable_name_from_type
+from distaff.frontend.nnx.variable_names import variable_name_from_type
+from distaff.frontend.nnx.variables import Variable
 
 M = TypeVar("M", bound=Module)
 Method = Callable[..., Any] | str | None

@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distaff.frontend.nnx.extract import PrefixMapping, is_object, take
+from distaff.frontend.nnx.extract import take
 from distaff.frontend.nnx.filters import Filter
 from distaff.frontend.nnx.graphdef import graph_mode
 from distaff.frontend.nnx.kinds import Kind, kind_of
+from distaff.frontend.nnx.object_trees import is_object
+from distaff.frontend.nnx.prefix_mapping import PrefixMapping
 from distaff.frontend.nnx.state import State, nest
 from distaff.frontend.nnx.structure import paths_of
 from distaff.frontend.nnx.transforms.compilation import check_not_bound, updates_mode

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import jax
 
 from distaff.frontend.nnx import config
-from distaff.frontend.nnx.extract import Outside, PrefixMapping, Signature, is_object, take
+from distaff.frontend.nnx.extract import Outside, Signature, take
 from distaff.frontend.nnx.graphdef import graph_mode
+from distaff.frontend.nnx.object_trees import is_object
+from distaff.frontend.nnx.prefix_mapping import PrefixMapping
 from distaff.frontend.nnx.pytrees import Pytree
 
 _MISSING: Any = object()

@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 
-from distaff.frontend.nnx.extract import Inside, Outside, Plan, check_aliases, is_object, take
+from distaff.frontend.nnx.extract import Inside, Outside, Plan, take
 from distaff.frontend.nnx.filters import PathParts
+from distaff.frontend.nnx.object_trees import is_object
 from distaff.frontend.nnx.origin import Origin, describe_origin
+from distaff.frontend.nnx.prefix_mapping import check_aliases
 from distaff.frontend.nnx.structure import Structure, paths_of
 from distaff.frontend.nnx.transforms.prefixes import by_object, cell_values, check_no_mapping, leaf_values, spread
 from distaff.frontend.nnx.variables import Variable

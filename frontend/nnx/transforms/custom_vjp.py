@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distaff.frontend.nnx.extract import Outside, PrefixMapping, is_object, take
+from distaff.frontend.nnx.extract import Outside, take
 from distaff.frontend.nnx.graphdef import Build, graph_mode
 from distaff.frontend.nnx.kinds import Kind, kind_of
+from distaff.frontend.nnx.object_trees import is_object
+from distaff.frontend.nnx.prefix_mapping import PrefixMapping
 from distaff.frontend.nnx.state import State, nest, to_flat_state
 from distaff.frontend.nnx.structure import paths_of
 from distaff.frontend.nnx.transforms.autodiff import DiffState

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 
-from distaff.frontend.nnx.extract import PrefixMapping, is_object, is_object_or_prefix
 from distaff.frontend.nnx.filters import Filter, PathParts, ordered_predicates
 from distaff.frontend.nnx.kinds import Kind, kind_of
+from distaff.frontend.nnx.object_trees import is_object
+from distaff.frontend.nnx.prefix_mapping import PrefixMapping, is_object_or_prefix
 from distaff.frontend.nnx.pytrees import sorted_attributes
 from distaff.frontend.nnx.state import State, iter_flat
 from distaff.frontend.nnx.structure import Structure, container_items, paths_of
