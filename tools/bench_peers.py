@@ -155,6 +155,7 @@ def execute(peer: Peer, python: Interpreter, job: Mapping[str, Any], work: Path,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | dict(python.environment),
+            cwd=work,  # not where a folder may have the name of a package that an engine looks for
             start_new_session=True,  # so that a time-out ends its helpers too
         )
         try:
@@ -359,7 +360,7 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     job, spec = make_job(num_prompts, seed, scale, _VOCAB_SIZE)
     save_workload(work / "workload.jsonl", spec.make())
-    rows = compare(peers, job, ModelForms(artifact, work), envs, work, timeout, rounds)
+    rows = compare(peers, job, ModelForms(artifact.resolve() if artifact else None, work), envs, work, timeout, rounds)
     show(Console(), rows)
     if markdown_path is not None:
         markdown_path.write_text(markdown(rows))
