@@ -46,14 +46,27 @@ from distaff.frontend.nnx.variables import BatchStat
 class _Norm(Module):
     """What all have."""
 
-    dtype: Dtype | None
-    epsilon: float
-    axis_name: str | None
-    axis_index_groups: Any
-    use_fast_variance: bool
-    promote_dtype: PromoteDtype
     scale: Any
     bias: Any = None
+
+    def _set_common(
+        self,
+        epsilon: float,
+        dtype: Dtype | None,
+        param_dtype: Dtype,
+        axis_name: str | None,
+        axis_index_groups: Any,
+        use_fast_variance: bool,
+        promote_dtype: PromoteDtype,
+    ) -> None:
+        """Set the attributes that all have."""
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.axis_name = axis_name
+        self.axis_index_groups = axis_index_groups
+        self.use_fast_variance = use_fast_variance
+        self.promote_dtype = promote_dtype
 
     def _statistics(self, mask: Array | None) -> Statistics:
         return Statistics(self.dtype, mask, self.axis_name, self.axis_index_groups, self.use_fast_variance)
@@ -111,15 +124,9 @@ class BatchNorm(_Norm):
         self.use_running_average = use_running_average
         self.axis = axis
         self.momentum = momentum
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
         self.use_bias = use_bias
         self.use_scale = use_scale
-        self.axis_name = axis_name
-        self.axis_index_groups = axis_index_groups
-        self.use_fast_variance = use_fast_variance
-        self.promote_dtype = promote_dtype
+        self._set_common(epsilon, dtype, param_dtype, axis_name, axis_index_groups, use_fast_variance, promote_dtype)
 
     def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None) -> Array:
         """Normalise ``x``.
@@ -178,17 +185,11 @@ class LayerNorm(_Norm):
         self.scale = optional_parameter(use_scale, rngs, scale_init, shape, param_dtype, scale_metadata)
         self.bias = optional_parameter(use_bias, rngs, bias_init, shape, param_dtype, bias_metadata)
         self.num_features = num_features
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
         self.use_bias = use_bias
         self.use_scale = use_scale
         self.reduction_axes = reduction_axes
         self.feature_axes = feature_axes
-        self.axis_name = axis_name
-        self.axis_index_groups = axis_index_groups
-        self.use_fast_variance = use_fast_variance
-        self.promote_dtype = promote_dtype
+        self._set_common(epsilon, dtype, param_dtype, axis_name, axis_index_groups, use_fast_variance, promote_dtype)
 
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
         """Normalise ``x``."""
@@ -223,16 +224,10 @@ class RMSNorm(_Norm):
         shape = (num_features,)
         self.scale = optional_parameter(use_scale, rngs, scale_init, shape, param_dtype, scale_metadata)
         self.num_features = num_features
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
         self.use_scale = use_scale
         self.reduction_axes = reduction_axes
         self.feature_axes = feature_axes
-        self.axis_name = axis_name
-        self.axis_index_groups = axis_index_groups
-        self.use_fast_variance = use_fast_variance
-        self.promote_dtype = promote_dtype
+        self._set_common(epsilon, dtype, param_dtype, axis_name, axis_index_groups, use_fast_variance, promote_dtype)
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
         """Normalise ``x``."""
@@ -287,16 +282,10 @@ class GroupNorm(_Norm):
         self.scale = optional_parameter(use_scale, rngs, scale_init, shape, param_dtype, scale_metadata)
         self.bias = optional_parameter(use_bias, rngs, bias_init, shape, param_dtype, bias_metadata)
         self.feature_axis = -1
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
         self.use_bias = use_bias
         self.use_scale = use_scale
         self.reduction_axes = reduction_axes
-        self.axis_name = axis_name
-        self.axis_index_groups = axis_index_groups
-        self.use_fast_variance = use_fast_variance
-        self.promote_dtype = promote_dtype
+        self._set_common(epsilon, dtype, param_dtype, axis_name, axis_index_groups, use_fast_variance, promote_dtype)
 
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
         """Normalise ``x`` [batch, ..., channels]; ValueError if ``reduction_axes`` lack the last axis."""
@@ -334,16 +323,10 @@ class InstanceNorm(_Norm):
         self.scale = optional_parameter(use_scale, rngs, scale_init, shape, param_dtype, scale_metadata)
         self.bias = optional_parameter(use_bias, rngs, bias_init, shape, param_dtype, bias_metadata)
         self.num_features = num_features
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
         self.use_bias = use_bias
         self.use_scale = use_scale
         self.feature_axes = feature_axes
-        self.axis_name = axis_name
-        self.axis_index_groups = axis_index_groups
-        self.use_fast_variance = use_fast_variance
-        self.promote_dtype = promote_dtype
+        self._set_common(epsilon, dtype, param_dtype, axis_name, axis_index_groups, use_fast_variance, promote_dtype)
 
     def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
         """Normalise ``x``; ValueError if the first axis is among ``feature_axes``."""

@@ -72,6 +72,23 @@ class _VectorCell(RNNCellBase):
     carry_init: Initializer | None
     _arrays_in_carry = 1
 
+    def _set_common(
+        self,
+        in_features: int,
+        hidden_features: int,
+        dtype: Dtype | None,
+        param_dtype: Dtype,
+        promote_dtype: PromoteDtype,
+        rngs: Rngs,
+    ) -> dict[str, Any]:
+        """Set the attributes that all cells have, and return the arguments that all their layers take."""
+        self.in_features = in_features
+        self.hidden_features = hidden_features
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.promote_dtype = promote_dtype
+        return {"dtype": dtype, "param_dtype": param_dtype, "promote_dtype": promote_dtype, "rngs": rngs}
+
     def _deprecated(self, carry_init: Initializer | None, keep_rngs: bool, rngs: Rngs) -> None:
         self.rngs: Any = data(None)
         if keep_rngs:
@@ -168,20 +185,10 @@ class LSTMCell(_LSTM):
         bias_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Make the parameters."""
-        self.in_features = in_features
-        self.hidden_features = hidden_features
         self.gate_fn = gate_fn
         self.activation_fn = activation_fn
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.promote_dtype = promote_dtype
         self._deprecated(carry_init, keep_rngs, rngs)
-        of_all: dict[str, Any] = {
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "promote_dtype": promote_dtype,
-            "rngs": rngs,
-        }
+        of_all = self._set_common(in_features, hidden_features, dtype, param_dtype, promote_dtype, rngs)
         of_input = {"use_bias": False, "kernel_init": kernel_init, "kernel_metadata": kernel_metadata, **of_all}
         of_carry = {
             "kernel_init": recurrent_kernel_init,
@@ -232,20 +239,10 @@ class OptimizedLSTMCell(_LSTM):
         bias_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Make the parameters."""
-        self.in_features = in_features
-        self.hidden_features = hidden_features
         self.gate_fn = gate_fn
         self.activation_fn = activation_fn
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.promote_dtype = promote_dtype
         self._deprecated(carry_init, keep_rngs, rngs)
-        of_all: dict[str, Any] = {
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "promote_dtype": promote_dtype,
-            "rngs": rngs,
-        }
+        of_all = self._set_common(in_features, hidden_features, dtype, param_dtype, promote_dtype, rngs)
         self.dense_i = Linear(
             in_features,
             4 * hidden_features,
@@ -296,20 +293,10 @@ class SimpleCell(_VectorCell):
         bias_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Make the parameters."""
-        self.in_features = in_features
-        self.hidden_features = hidden_features
-        self.dtype = dtype
-        self.param_dtype = param_dtype
         self.residual = residual
         self.activation_fn = activation_fn
-        self.promote_dtype = promote_dtype
         self._deprecated(carry_init, keep_rngs, rngs)
-        of_all: dict[str, Any] = {
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "promote_dtype": promote_dtype,
-            "rngs": rngs,
-        }
+        of_all = self._set_common(in_features, hidden_features, dtype, param_dtype, promote_dtype, rngs)
         self.dense_h = Linear(
             hidden_features,
             hidden_features,
@@ -365,20 +352,10 @@ class GRUCell(_VectorCell):
         bias_metadata: Metadata = NO_METADATA,
     ) -> None:
         """Make the parameters."""
-        self.in_features = in_features
-        self.hidden_features = hidden_features
         self.gate_fn = gate_fn
         self.activation_fn = activation_fn
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.promote_dtype = promote_dtype
         self._deprecated(carry_init, keep_rngs, rngs)
-        of_all: dict[str, Any] = {
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "promote_dtype": promote_dtype,
-            "rngs": rngs,
-        }
+        of_all = self._set_common(in_features, hidden_features, dtype, param_dtype, promote_dtype, rngs)
         self.dense_i = Linear(
             in_features,
             3 * hidden_features,
