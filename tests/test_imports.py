@@ -1,6 +1,7 @@
 """Imports run one way, as docs/architecture.md draws them."""
 
 import ast
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,9 @@ PRIVATE_JAX = ("jax._src", "jax.extend", "jax.interpreters", "jax.core", "jaxlib
 REFERENCES = ("torch", "transformers", "flax", "equinox")
 
 
-def imports(path: Path) -> list[tuple[int, str]]:
+def imports(nodes: Iterable[ast.AST]) -> list[tuple[int, str]]:
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -39,7 +40,7 @@ def within(name: str, allowed: tuple[str, ...]) -> bool:
 def test_imports_run_one_way(folder):
     wrong = []
     for path in sorted((ROOT / folder).rglob("*.py")):
-        for line, name in imports(path):
+        for line, name in imports(ast.walk(ast.parse(path.read_text()))):
             where = f"{path.relative_to(ROOT)}:{line} imports {name}"
             drives = path.parent == ROOT / "tools" / "peers"  # benchmarks run the references as competitors
             reference = within(name, REFERENCES) and not drives
@@ -53,3 +54,11 @@ def test_imports_run_one_way(folder):
 @pytest.mark.smoke
 def test_every_folder_has_code():
     assert all(len(list((ROOT / folder).rglob("*.py"))) > 3 for folder in FOLDERS)
+
+
+def test_files_of_tests_are_collected_without_the_references():
+    at_top = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        top = imports(ast.parse(path.read_text()).body)
+        at_top += [f"{path.relative_to(ROOT)}:{line} {name}" for line, name in top if within(name, REFERENCES)]
+    assert not at_top, "take these with pytest.importorskip:\n" + "\n".join(at_top)

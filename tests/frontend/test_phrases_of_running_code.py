@@ -2,12 +2,13 @@
 
 import re
 
-import flax.linen as flax_linen
 import jax
 import jax.numpy as jnp
 import pytest
 
 from distaff.frontend import linen as nn
+
+flax_linen = pytest.importorskip("flax.linen")
 
 KEY = jax.random.key(0)
 

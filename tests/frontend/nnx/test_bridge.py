@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as flax_nn
-from flax import nnx as flax_nnx
 
 from distaff.frontend import linen as nn
 from distaff.frontend import nnx
 from distaff.frontend.core import meta
 from distaff.frontend.nnx import bridge
 from distaff.frontend.nnx.bridge import variables as bridge_variables
+
+flax_nn = pytest.importorskip("flax.linen")
+flax_nnx = pytest.importorskip("flax.nnx")
 
 X = jnp.linspace(-1.0, 1.0, 12).reshape(4, 3)
 LIBRARIES = [(nnx, nn), (flax_nnx, flax_nn)]

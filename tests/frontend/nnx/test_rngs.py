@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx as flax_nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distaff.frontend import nnx
+
+flax_nnx = pytest.importorskip("flax.nnx")
 
 
 def words(key):

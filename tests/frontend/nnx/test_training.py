@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx as flax_nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distaff.frontend import nnx
+
+flax_nnx = pytest.importorskip("flax.nnx")
 
 
 def model(nnx):

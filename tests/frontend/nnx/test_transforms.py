@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx as flax_nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import checkify
 
 from distaff.frontend import nnx
+
+flax_nnx = pytest.importorskip("flax.nnx")
 
 SIZE, WIDTH = 3, 2
 MODES = {"updates": {}, "graph": {"graph_updates": False}, "tree": {"graph": False}}
