@@ -80,10 +80,10 @@ struct Piece {
 struct Kernels {
   // Writes keys and values of tokens first .. end - 1 into their slots.
   void (*write)(const Call& call, int64_t first, int64_t end);
-  // Floats of scratch, aligned to 64 bytes, that a prefill piece of `count` tokens or fewer needs, or any decode piece.
-  int64_t (*scratch)(const Call& call, int64_t count);
-  void (*decode)(const Call& call, const Piece& piece, float* scratch);
-  void (*prefill)(const Call& call, const Piece& piece, float* scratch);
+  // Floats of scratch, aligned to 64 bytes, that a piece needs.
+  int64_t (*scratch)(const Call& call, const Piece& piece);
+  // Does a piece, and asks for the first keys of the `next` one, or null.
+  void (*attend)(const Call& call, const Piece& piece, const Piece* next, float* scratch);
   // The output of `count` pieces like `piece`, whose partial results lie one after the other.
   void (*merge)(const Call& call, const Piece& piece, int64_t count);
 };

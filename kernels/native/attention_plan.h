@@ -132,11 +132,13 @@ void attend(const Call& call, const Kernels& kernels, Parallel& parallel) {
   thread_local Plan own;
   Plan& plan = own;  // of this thread, for the others as well
   make_plan(call, parallel.count(), plan);
-  const int64_t floats = kernels.scratch(call, plan.most_queries);
-  in_parallel(plan.cost < kSmallCost, static_cast<int64_t>(plan.order.size()), [&](int64_t i) {
-    const Piece& piece = plan.pieces[plan.order[i]];
+  int64_t floats = 0;
+  for (const Piece& piece : plan.pieces) floats = std::max(floats, kernels.scratch(call, piece));
+  const auto count = static_cast<int64_t>(plan.order.size());
+  in_parallel(plan.cost < kSmallCost, count, [&](int64_t i) {
     thread_local Scratch memory;
-    (piece.decode ? kernels.decode : kernels.prefill)(call, piece, memory.get<float>(floats * sizeof(float)));
+    const Piece* next = i + 1 < count ? &plan.pieces[plan.order[i + 1]] : nullptr;
+    kernels.attend(call, plan.pieces[plan.order[i]], next, memory.get<float>(floats * sizeof(float)));
   });
   in_parallel(plan.splits.size() < 16, static_cast<int64_t>(plan.splits.size()), [&](int64_t i) {
     kernels.merge(call, plan.pieces[plan.splits[i].first], plan.splits[i].count);

@@ -19,12 +19,12 @@ using attention::Storage;
 constexpr float kLowest = -3.40282346638528859812e+38f;
 constexpr float kInfinity = __builtin_inff();
 
-// Keys that are scored before their values are read; also the most keys of a prefill block.
-constexpr int kTile = 64;
+// The softmax is taken with powers of two, so scores are in units of log 2.
+constexpr float kLog2E = 1.44269504f;
 
-inline float exp(float x) {
+inline float exp2(float x) {
   float lanes[kLanes];
-  Simd::store(lanes, exp(Simd::all(x)));
+  Simd::store(lanes, exp2(Simd::all(x)));
   return lanes[0];
 }
 
@@ -47,19 +47,27 @@ void convert(const From* from, int64_t count, To* to) {
   memcpy(to + i, last, (count - i) * sizeof(To));
 }
 
-// 64 bytes of E with the values of a row from `at` on; zeros past its `size`.
+// 64 bytes of E from as many values.
 template <class E, class T>
-Simd::I load_as(const T* row, int64_t size, int64_t at) {
-  constexpr int64_t kCount = 64 / sizeof(E);
-  if (at + kCount > size) {
-    T padded[kCount] = {};
-    memcpy(padded, row + at, (size - at) * sizeof(T));
-    return load_as<E>(padded, kCount, 0);
+DISTAFF_INLINE Simd::I load_words(const T* from) {
+  if constexpr (sizeof(E) == sizeof(T)) {
+    return Simd::load_64(from);
+  } else if constexpr (sizeof(E) == 2) {
+    return Simd::to_bfloat16(Simd::load(from), Simd::load(from + kLanes));
+  } else {
+    const Simd::F values = Simd::load(from);
+    Simd::I words;
+    memcpy(&words, &values, sizeof words);
+    return words;
   }
-  if constexpr (sizeof(E) == sizeof(T)) return Simd::load_64(row + at);
-  E values[kCount];
-  for (int64_t i = 0; i < kCount; i += kLanes) Simd::store(values + i, Simd::load(row + at + i));
-  return Simd::load_64(values);
+}
+
+// Likewise from `count` values, and zeros after them.
+template <class E, class T>
+Simd::I load_first_words(const T* from, int64_t count) {
+  T padded[64 / sizeof(E)] = {};
+  memcpy(padded, from, least(count, 64 / sizeof(E)) * sizeof(T));
+  return load_words<E>(padded);
 }
 
 // Floats to int8 in steps of the returned size.
@@ -117,7 +125,7 @@ inline void load_query(const Call& call, int64_t token, int64_t head, float* to)
   const int64_t size = call.keys.size;
   load_row(call.q, (token * call.heads + head) * size, size, to);
   if (call.cosines != nullptr) rotate(call, call.positions[token], to);
-  const Simd::F scale = Simd::all(call.scale);
+  const Simd::F scale = Simd::all(call.scale * kLog2E);
   for (int64_t i = 0; i < size; i += kLanes) Simd::store(to + i, Simd::mul(load_first(to + i, size - i), scale));
 }
 
@@ -149,83 +157,97 @@ struct Column {
         size(pool.size) {}
   DISTAFF_INLINE const T* of(int64_t token) const { return data + token * stride; }
   // The steps of `count` tokens, for int8.
-  void steps(const int64_t* tokens, int64_t count, float* to) const {
+  void steps(const int32_t* tokens, int64_t count, float* to) const {
     if constexpr (sizeof(T) == 1) {
       for (int64_t i = 0; i < count; ++i) memcpy(to + i, of(tokens[i]) + size, sizeof *to);
     }
   }
 };
 
-// Indices in the pool of `count` tokens of a request from `position` on; then the last one up to a multiple of kLanes.
-inline void locate(const Call& call, int64_t request, int64_t position, int64_t count, int64_t* tokens) {
+// Indices in the pool of `count` tokens of a request from `position` on.
+inline void locate(const Call& call, int64_t request, int64_t position, int64_t count, int32_t* tokens) {
   const int32_t* pages = call.tables + request * call.pages_per_request + position / call.page_size;
   int64_t offset = position % call.page_size, i = 0;
   while (i < count) {
-    const int64_t page = int64_t{*pages++} * call.page_size;
-    for (; offset < call.page_size && i < count; ++offset) tokens[i++] = page + offset;
+    const int32_t page = *pages++ * call.page_size;
+    for (; offset < call.page_size && i < count; ++offset) tokens[i++] = page + static_cast<int32_t>(offset);
     offset = 0;
   }
-  for (; i % kLanes != 0; ++i) tokens[i] = tokens[count - 1];
 }
 
-// What a query's softmax has seen so far.
-struct Running {
-  float highest = kLowest;
+// A query and what its softmax has seen so far.
+struct Row {
+  int64_t position;
+  float slope;              // of its head
+  float highest = kLowest;  // what weights are relative to: a score that was the highest once
   Simd::F total = Simd::zero();  // in any of the lanes
 };
 
-// The columns of a tile of keys: those from `first` to `end` are visible, `columns` is a multiple of kLanes.
+// A tile of keys, of which a row sees those from `first` to `end`; `columns` is a multiple of kLanes.
 struct Columns {
+  int64_t position;  // of the first of these keys
   int64_t first, end, columns;
-  int64_t distance;  // how far before the query the first of these keys is
   const float* key_steps;  // what products are multiplied with, or null
   const float* value_steps;  // what weights are multiplied with, or null
 };
 
-// Turns scores into weights, of which only those of visible columns are not zero, and returns what earlier sums shrink
-// by.
-template <class Weight>
-float weigh(const Call& call, float slope, const Columns& keys, float* scores, Weight* weights, Running& running) {
-  Simd::F best = Simd::all(running.highest);
-  const bool partial = keys.first > 0 || keys.end < keys.columns;
-  const bool changes = partial || keys.key_steps != nullptr || call.softcap != 0 || slope != 0;
+// Scores as options and visibility change them; returns the highest of every lane.
+inline Simd::F change_scores(const Call& call, const Columns& keys, const Row& row, float* scores) {
+  Simd::F best = Simd::all(kLowest);
+  const Simd::F cap = Simd::all(call.softcap * kLog2E);
   for (int64_t i = 0; i < keys.columns; i += kLanes) {
     Simd::F s = Simd::load(scores + i);
     if (keys.key_steps != nullptr) s = Simd::mul(s, Simd::load(keys.key_steps + i));
-    if (call.softcap != 0) s = Simd::mul(tanh(Simd::div(s, Simd::all(call.softcap))), Simd::all(call.softcap));
-    if (slope != 0) {
-      const Simd::F distance = Simd::sub(Simd::all(static_cast<float>(keys.distance - i)), Simd::lane_numbers());
-      s = Simd::sub(s, Simd::mul(Simd::all(slope), distance));
+    if (call.softcap != 0) s = Simd::mul(tanh(Simd::div(s, cap)), cap);
+    if (row.slope != 0) {
+      const float distance = static_cast<float>(row.position - keys.position - i);
+      s = Simd::sub(s, Simd::mul(Simd::all(row.slope), Simd::sub(Simd::all(distance), Simd::lane_numbers())));
     }
-    if (partial) {
-      const auto below = [i](int64_t column) { return (1u << most(0, least(column - i, kLanes))) - 1; };
-      s = Simd::choose(below(keys.end) & ~below(keys.first), s, Simd::all(-kInfinity));
-    }
-    if (changes) Simd::store(scores + i, s);
+    const auto below = [i](int64_t column) { return (1u << most(0, least(column - i, kLanes))) - 1; };
+    s = Simd::choose(below(keys.end) & ~below(keys.first), s, Simd::all(-kInfinity));
+    Simd::store(scores + i, s);
     best = Simd::max(best, s);
   }
-  const float before = running.highest;
-  running.highest = Simd::largest(best);
-  const float shrink = before == running.highest ? 1.0f : exp(before - running.highest);
-  const Simd::F highest = Simd::all(running.highest);
-  Simd::F total = Simd::mul(running.total, Simd::all(shrink));
+  return best;
+}
+
+// Turns scores into weights, of which only those of visible columns are not zero, and scales what the row has seen
+// before to the new highest score; seldom, since weights may be as large as 2^kSlack.
+template <class Weight>
+DISTAFF_INLINE void weigh(const Call& call, const Columns& keys, Row& row, float* scores, Weight* weights, float* sums,
+                          int64_t width) {
+  constexpr float kSlack = 8;
+  Simd::F best = Simd::load(scores);
+  if (keys.first > 0 || keys.end < keys.columns || keys.key_steps != nullptr || call.softcap != 0 || row.slope != 0) {
+    best = change_scores(call, keys, row, scores);
+  } else {
+    for (int64_t i = kLanes; i < keys.columns; i += kLanes) best = Simd::max(best, Simd::load(scores + i));
+  }
+  if (Simd::at_least(best, Simd::all(row.highest + kSlack)) != 0) {
+    const float highest = Simd::largest(best);
+    const Simd::F shrink = Simd::all(exp2(row.highest - highest));
+    row.highest = highest;
+    row.total = Simd::mul(row.total, shrink);
+    for (int64_t d = 0; d < width; d += kLanes) Simd::store(sums + d, Simd::mul(Simd::load(sums + d), shrink));
+  }
+  const Simd::F highest = Simd::all(row.highest);
+  Simd::F total = row.total;
   for (int64_t i = 0; i < keys.columns; i += kLanes) {
-    Simd::F weight = exp(Simd::sub(Simd::load(scores + i), highest));
+    Simd::F weight = exp2(Simd::sub(Simd::load(scores + i), highest));
     total = Simd::add(total, weight);
     if (keys.value_steps != nullptr) weight = Simd::mul(weight, Simd::load(keys.value_steps + i));
     Simd::store(weights + i, weight);
   }
-  running.total = total;
-  return shrink;
+  row.total = total;
 }
 
 // Writes the output of one head of a token from its weighted sum of values.
 inline void finish(const Call& call, int64_t token, int64_t head, float highest, float total, float* values) {
   float factor = 1;
   if (call.sinks != nullptr) {
-    const float sink = call.sinks[head], best = highest > sink ? highest : sink;
-    factor = exp(highest - best);
-    total = total * factor + exp(sink - best);
+    const float sink = call.sinks[head] * kLog2E, best = highest > sink ? highest : sink;
+    factor = exp2(highest - best);
+    total = total * factor + exp2(sink - best);
   }
   factor = total == 0 ? 0 : factor / total;  // a query that sees no key
   const int64_t size = call.values.size, at = (token * call.heads + head) * size;
@@ -235,12 +257,12 @@ inline void finish(const Call& call, int64_t token, int64_t head, float highest,
 }
 
 // Finishes a head of a token, or leaves what `merge` needs.
-inline void deliver(const Call& call, const Piece& piece, int64_t token, int64_t head, const Running& running,
+inline void deliver(const Call& call, const Piece& piece, int64_t token, int64_t head, const Row& row,
                     float* values) {
-  if (piece.partial == nullptr) return finish(call, token, head, running.highest, Simd::sum(running.total), values);
+  if (piece.partial == nullptr) return finish(call, token, head, row.highest, Simd::sum(row.total), values);
   float* partial = piece.partial + ((token - piece.token) * piece.heads + head - piece.head) * (2 + call.values.size);
-  partial[0] = running.highest;
-  partial[1] = Simd::sum(running.total);
+  partial[0] = row.highest;
+  partial[1] = Simd::sum(row.total);
   memcpy(partial + 2, values, call.values.size * sizeof *values);
 }
 
@@ -251,7 +273,7 @@ void merge(const Call& call, const Piece& piece, int64_t count) {
     for (int64_t i = 1; i < count; ++i) {
       const float* other = merged + i * rows * stride;
       const float best = merged[0] > other[0] ? merged[0] : other[0];
-      const float mine = exp(merged[0] - best), its = exp(other[0] - best);
+      const float mine = exp2(merged[0] - best), its = exp2(other[0] - best);
       for (int64_t d = 1; d < stride; ++d) merged[d] = merged[d] * mine + other[d] * its;
       merged[0] = best;
     }

@@ -51,6 +51,13 @@ struct Simd {
     const __m256i packed = _mm256_packus_epi32(rounded(a.low), rounded(a.high));  // packs within halves
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(packed, 0b11011000));
   }
+  // 32 bfloat16 in the order of memory.
+  static I to_bfloat16(F first, F second) {
+    uint16_t values[32];
+    store(values, first);
+    store(values + 16, second);
+    return load_64(values);
+  }
   static void store_int8(int8_t* to, I a) {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.low, a.high), 0b11011000);
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
@@ -136,6 +143,21 @@ struct Simd {
       return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(by, 23)));
     };
     return {scale(a.low, n.low), scale(a.high, n.high)};
+  }
+
+  // x - floor(x), from 0 to 1; 0 of minus infinity.
+  static F above_floor(F x) {
+    x = max(x, all(-127.0f));
+    return {_mm256_sub_ps(x.low, _mm256_floor_ps(x.low)), _mm256_sub_ps(x.high, _mm256_floor_ps(x.high))};
+  }
+  // a 2^floor(x), or something below 2^-126 where that is less, for a from 1 to 2.
+  static F times_two_to(F a, F x) {
+    x = max(x, all(-127.0f));
+    const auto power = [](__m256 of) {
+      const __m256i n = _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(of)), _mm256_set1_epi32(127));
+      return _mm256_castsi256_ps(_mm256_slli_epi32(n, 23));
+    };
+    return {_mm256_mul_ps(a.low, power(x.low)), _mm256_mul_ps(a.high, power(x.high))};
   }
 
   // Column j of 16 rows of 16 words becomes row j, `stride` words further.

@@ -47,6 +47,17 @@ struct Simd {
     store_256(to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 #endif
   }
+  // 32 bfloat16 in the order of memory.
+  static I to_bfloat16(F first, F second) {
+#ifdef __AVX512BF16__
+    return (__m512i)_mm512_cvtne2ps_pbh(second, first);
+#else
+    uint16_t values[32];
+    store(values, first);
+    store(values + 16, second);
+    return load_64(values);
+#endif
+  }
   static void store_int8(int8_t* to, I a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a));
   }
@@ -91,6 +102,11 @@ struct Simd {
   static F times_power_of_two(F a, I n) {
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(n, 23)));
   }
+
+  // x - floor(x), from 0 to 1; 0 of minus infinity.
+  static F above_floor(F x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  // a 2^floor(x), or something below 2^-126 where that is less, for a from 1 to 2.
+  static F times_two_to(F a, F x) { return _mm512_scalef_ps(a, x); }
 
   // Column j of 16 rows of 16 words becomes row j, `stride` words further.
   static void store_transposed(I* r, float* to, int64_t stride) {

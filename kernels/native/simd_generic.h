@@ -67,6 +67,13 @@ struct Simd {
       to[i] = static_cast<uint16_t>((bits[i % 4] + 0x7fff + (bits[i % 4] >> 16 & 1)) >> 16);
     }
   }
+  // 32 bfloat16 in the order of memory.
+  static I to_bfloat16(F first, F second) {
+    uint16_t values[32];
+    store(values, first);
+    store(values + 16, second);
+    return load_64(values);
+  }
   static void store_int8(int8_t* to, I a) {
     for (int i = 0; i < 16; ++i) to[i] = static_cast<int8_t>(a.part[i / 4][i % 4]);
   }
@@ -156,6 +163,17 @@ struct Simd {
     return each([&](int i) { return (Floats)((Words)a.part[i] + ((Words)n.part[i] << 23)); });
   }
 
+  // x - floor(x), from 0 to 1; 0 of minus infinity.
+  static F above_floor(F x) {
+    x = max(x, all(-127.0f));
+    return sub(x, to_float(floor(x)));
+  }
+  // a 2^floor(x), or something below 2^-126 where that is less, for a from 1 to 2.
+  static F times_two_to(F a, F x) {
+    const I n = floor(max(x, all(-127.0f)));
+    return each([&](int i) { return a.part[i] * (Floats)((n.part[i] + 127) << 23); });
+  }
+
   // Column j of 16 rows of 16 words becomes row j, `stride` words further.
   static void store_transposed(I* rows, float* to, int64_t stride) {
     for (int j = 0; j < 16; ++j) {
@@ -227,6 +245,12 @@ struct Simd {
   __attribute__((always_inline)) static void prefetch(const void* from) { __builtin_prefetch(from, 0, 2); }
 
  private:
+  static I floor(F x) {
+    return each_int([&](int i) {
+      const Ints n = __builtin_convertvector(x.part[i], Ints);
+      return n + (Ints)(__builtin_convertvector(n, Floats) > x.part[i]);  // a comparison is 0 or -1
+    });
+  }
   static Ints in_turns(Ints a, Ints b, int first) {
     const auto word = [&](int i) {
       const uint32_t x = static_cast<uint32_t>(a[first + i / 2]), y = static_cast<uint32_t>(b[first + i / 2]);

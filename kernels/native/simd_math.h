@@ -28,6 +28,12 @@ inline Simd::F exp(Simd::F x) {
   return Simd::choose(normal, Simd::times_power_of_two(sum, n), Simd::zero());
 }
 
+// 2^x within 2 ulp for x up to 127; 0, or a number below 2^-126, where that is less.
+inline Simd::F exp2(Simd::F x) {
+  constexpr float kTerms[] = {1.867130213e-3f, 9.017030019e-3f, 5.579991332e-2f, 2.401644501e-1f, 6.931513118e-1f, 1.0f};
+  return Simd::times_two_to(polynomial(kTerms, Simd::above_floor(x)), x);
+}
+
 inline Simd::F sigmoid(Simd::F x) {
   const Simd::F one = Simd::all(1.0f);
   return Simd::div(one, Simd::add(one, exp(Simd::sub(Simd::zero(), x))));
