@@ -60,6 +60,7 @@ void multiply_panels(int64_t rows, int64_t panels, int64_t words, const float* a
 template <class T>
 DISTAFF_INLINE void prefetch_row(const T* row, int64_t size) {
   const char* from = reinterpret_cast<const char*>(row);
+#pragma GCC unroll 4
   for (int64_t b = 0; b < size * static_cast<int64_t>(sizeof(T)); b += 64) Simd::prefetch(from + b);
 }
 
@@ -69,41 +70,62 @@ template <class E, class T, class Pack>
 DISTAFF_INLINE void each_vector(int64_t size, const Pack& pack) {
   constexpr int64_t kCount = 64 / sizeof(E);
   int64_t d = 0;
+#pragma GCC unroll 8
   for (; d + kCount <= size; d += kCount) pack(d, [d](const T* row) DISTAFF_UNROLLED { return load_words<E>(row + d); });
   if (d < size) pack(d, [d, size](const T* row) { return load_first_words<E>(row + d, size - d); });
 }
 
-// Panels of 16 keys, [words][16]; `count` is a multiple of 16. Asks for the keys `ahead`, as many.
-template <class E, class T>
+// Panels of 16 keys of kSize values, or any if 0, [words][16]; `count` is a multiple of 16. Asks for the keys `ahead`,
+// as many.
+template <class E, class T, int kSize>
 void pack_keys(const Column<T>& keys, const int32_t* tokens, const int32_t* ahead, int64_t count, float* to) {
-  const int64_t words = words_of<E>(keys.size);
-  for (int64_t first = 0; first < count; first += kLanes) {
-    for (int64_t i = first; i < first + kLanes; ++i) prefetch_row(keys.of(ahead[i]), keys.size);
-    each_vector<E, T>(keys.size, [&](int64_t d, const auto& load) DISTAFF_UNROLLED {
+  const int64_t size = kSize != 0 ? kSize : keys.size, words = words_of<E>(size);
+  for (int64_t first = 0; first < count; first += kLanes, to += words * kLanes) {
+    const T* from[kLanes];
+    unrolled<kLanes>([&](auto i) DISTAFF_UNROLLED {
+      prefetch_row(keys.of(ahead[first + i]), size);
+      from[i] = keys.of(tokens[first + i]);
+    });
+    each_vector<E, T>(size, [&](int64_t d, const auto& load) DISTAFF_UNROLLED {
       Simd::I rows[kLanes];
-      unrolled<kLanes>([&](auto i) DISTAFF_UNROLLED { rows[i] = load(keys.of(tokens[first + i])); });
-      Simd::store_transposed(rows, to + first * words + d / kEach<E> * kLanes, kLanes);
+      unrolled<kLanes>([&](auto i) DISTAFF_UNROLLED { rows[i] = load(from[i]); });
+      Simd::store_transposed(rows, to + d / kEach<E> * kLanes, kLanes);
     });
   }
 }
 
 // Panels of 16 of the values' columns, [words of kTile][16]; likewise.
-template <class E, class T>
+template <class E, class T, int kSize>
 void pack_values(const Column<T>& values, const int32_t* tokens, const int32_t* ahead, int64_t count, float* to) {
   constexpr int64_t kPanel = kTile / kEach<E> * kLanes;
-  for (int64_t i = 0; i < count; i += kEach<E>) {
-    for (int64_t j = i; j < i + kEach<E>; ++j) prefetch_row(values.of(ahead[j]), values.size);
-    each_vector<E, T>(values.size, [&](int64_t d, const auto& load) DISTAFF_UNROLLED {
-      float* first = to + i / kEach<E> * kLanes + d / kLanes * kPanel;
+  const int64_t size = kSize != 0 ? kSize : values.size;
+  for (int64_t i = 0; i < count; i += kEach<E>, to += kLanes) {
+    const T* from[kEach<E>];
+    unrolled<kEach<E>>([&](auto j) DISTAFF_UNROLLED {
+      prefetch_row(values.of(ahead[i + j]), size);
+      from[j] = values.of(tokens[i + j]);
+    });
+    each_vector<E, T>(size, [&](int64_t d, const auto& load) DISTAFF_UNROLLED {
+      float* first = to + d / kLanes * kPanel;
       if constexpr (sizeof(E) == 4) {
-        Simd::store_64(first, load(values.of(tokens[i])));
+        Simd::store_64(first, load(from[0]));
       } else {
-        const Simd::I even = load(values.of(tokens[i])), odd = load(values.of(tokens[i + 1]));
+        const Simd::I even = load(from[0]), odd = load(from[1]);
         const Simd::I low = Simd::interleave_low(even, odd), high = Simd::interleave_high(even, odd);
         Simd::store_interleaved(first, first + kPanel, Simd::as_floats(low), Simd::as_floats(high));
       }
     });
   }
+}
+
+// The function for a size of keys or values.
+template <class E, class T>
+auto key_packer(int64_t size) {
+  return size == 64 ? pack_keys<E, T, 64> : size == 128 ? pack_keys<E, T, 128> : pack_keys<E, T, 0>;
+}
+template <class E, class T>
+auto value_packer(int64_t size) {
+  return size == 64 ? pack_values<E, T, 64> : size == 128 ? pack_values<E, T, 128> : pack_values<E, T, 0>;
 }
 
 }  // namespace

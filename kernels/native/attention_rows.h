@@ -147,15 +147,15 @@ void write_rows(const Call& call, int64_t first, int64_t end) {
 // The keys or values of one head in the pool, by the indices of tokens.
 template <class T>
 struct Column {
-  const T* data;
-  int64_t stride;  // from token to token
+  const char* data;
+  int64_t stride;  // bytes from token to token
   int64_t size;
 
   DISTAFF_INLINE Column(const Call& call, const Pool& pool, int64_t head)
-      : data(static_cast<const T*>(pool.data) + head * pool.head_bytes() / static_cast<int64_t>(sizeof(T))),
-        stride(call.kv_heads * pool.head_bytes() / static_cast<int64_t>(sizeof(T))),
+      : data(static_cast<const char*>(pool.data) + head * pool.head_bytes()),
+        stride(call.kv_heads * pool.head_bytes()),
         size(pool.size) {}
-  DISTAFF_INLINE const T* of(int64_t token) const { return data + token * stride; }
+  DISTAFF_INLINE const T* of(int64_t token) const { return reinterpret_cast<const T*>(data + token * stride); }
   // The steps of `count` tokens, for int8.
   void steps(const int32_t* tokens, int64_t count, float* to) const {
     if constexpr (sizeof(T) == 1) {
@@ -189,6 +189,47 @@ struct Columns {
   int64_t first, end, columns;
   const float* key_steps;  // what products are multiplied with, or null
   const float* value_steps;  // what weights are multiplied with, or null
+};
+
+inline Row start_row(const Call& call, int64_t token, int64_t head) {
+  return {call.positions[token], call.slopes == nullptr ? 0 : call.slopes[head] * kLog2E};
+}
+
+// The keys of a piece from position `at` on, of which a row sees all.
+inline Columns tile_of(const Piece& piece, int64_t at, int64_t size) {
+  const int64_t count = least(piece.end - at, size);
+  return {at, 0, count, round_up(count, kLanes), nullptr, nullptr};
+}
+
+// Indices of the tokens of a piece, and after them of those that are asked for meanwhile: the first of the next piece.
+inline int64_t stream_length(const Piece& piece, int64_t ahead) { return piece.end - piece.begin + ahead + kLanes; }
+
+inline void locate_stream(const Call& call, const Piece& piece, const Piece* next, int64_t ahead, int32_t* tokens) {
+  int64_t at = piece.end - piece.begin;
+  locate(call, piece.request, piece.begin, at, tokens);
+  if (next != nullptr && next->head == piece.head && next->heads == piece.heads) {
+    const int64_t first = least(next->end - next->begin, ahead);
+    locate(call, next->request, next->begin, first, tokens + at);
+    at += first;
+  }
+  for (; at < stream_length(piece, ahead); ++at) tokens[at] = tokens[at - 1];
+}
+
+// `count` tokens, and the last one again up to `columns`.
+inline void repeat_last(const int32_t* from, int64_t count, int64_t columns, int32_t* to) {
+  memcpy(to, from, count * sizeof *to);
+  for (int64_t i = count; i < columns; ++i) to[i] = from[count - 1];
+}
+
+// Where a piece keeps what in its scratch, in floats from the beginning.
+struct Offsets {
+  int64_t size = 0;
+
+  int64_t take(int64_t floats) {
+    const int64_t at = size;
+    size += round_up(floats, kLanes);
+    return at;
+  }
 };
 
 // Scores as options and visibility change them; returns the highest of every lane.

@@ -94,17 +94,20 @@ struct Simd {
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
   }
 
-  // Lane i of the result is the sum of all lanes of vectors[i], of 16.
-  static F sum_each(const F* vectors) {
-    const auto eight = [](const F* v) {
-      const auto four = [v](int i) {
-        const auto both = [v](int j) { return _mm256_add_ps(v[j].low, v[j].high); };
-        return _mm256_hadd_ps(_mm256_hadd_ps(both(i), both(i + 1)), _mm256_hadd_ps(both(i + 2), both(i + 3)));
-      };
-      const __m256 a = four(0), b = four(4);
-      return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  // Of every four lanes, the sums over a, over b, over c and over d.
+  static F sum_fours(F a, F b, F c, F d) {
+    const auto sum = [](__m256 w, __m256 x, __m256 y, __m256 z) {
+      return _mm256_hadd_ps(_mm256_hadd_ps(w, x), _mm256_hadd_ps(y, z));
     };
-    return {eight(vectors), eight(vectors + 8)};
+    return {sum(a.low, b.low, c.low, d.low), sum(a.high, b.high, c.high, d.high)};
+  }
+  // The sum of the quarters of a, of b, of c and of d.
+  static F sum_quarters(F a, F b, F c, F d) {
+    const auto pair = [](F x, F y) {
+      const __m256 p = _mm256_add_ps(x.low, x.high), q = _mm256_add_ps(y.low, y.high);
+      return _mm256_add_ps(_mm256_permute2f128_ps(p, q, 0x20), _mm256_permute2f128_ps(p, q, 0x31));
+    };
+    return {pair(a, b), pair(c, d)};
   }
   static F lane_numbers() {
     return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_ps(8, 9, 10, 11, 12, 13, 14, 15)};
@@ -229,9 +232,23 @@ struct Simd {
     return {dot(acc.low, w.low, x.low), dot(acc.high, w.high, x.high)};
   }
 
+  // acc[j] += w[2j] x[2j] + w[2j+1] x[2j+1], int16.
+  static I dot_int16(I acc, I w, I x) {
+    return {_mm256_add_epi32(acc.low, _mm256_madd_epi16(w.low, x.low)),
+            _mm256_add_epi32(acc.high, _mm256_madd_epi16(w.high, x.high))};
+  }
+  // 32 int8 as int16.
+  static I load_widened(const int8_t* from) {
+    return {_mm256_cvtepi8_epi16(load_128(from)), _mm256_cvtepi8_epi16(load_128(from + 16))};
+  }
+
   // Into the second cache; from anywhere. (GCC drops calls of a function that only prefetches.)
   __attribute__((always_inline)) static void prefetch(const void* from) {
     _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1);
+  }
+  // Into the first cache.
+  __attribute__((always_inline)) static void prefetch_near(const void* from) {
+    _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0);
   }
 
  private:

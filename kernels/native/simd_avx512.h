@@ -76,14 +76,16 @@ struct Simd {
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
   static float largest(F a) { return _mm512_reduce_max_ps(a); }
 
-  // Lane i of the result is the sum of all lanes of vectors[i], of 16.
-  static F sum_each(const F* vectors) {
-    F sums[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) sums[i] = add_pairs(vectors[2 * i], vectors[2 * i + 1]);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) sums[i] = add_pairs(sums[2 * i], sums[2 * i + 1]);
-    return add_pairs(add_pairs(sums[0], sums[1]), add_pairs(sums[2], sums[3]));
+  // Of every four lanes, the sums over a, over b, over c and over d.
+  static F sum_fours(F a, F b, F c, F d) {
+    const auto halves = [](F x, F y) { return add(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y)); };
+    const __m512d ab = _mm512_castps_pd(halves(a, b)), cd = _mm512_castps_pd(halves(c, d));
+    return add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  }
+  // The sum of the quarters of a, of b, of c and of d.
+  static F sum_quarters(F a, F b, F c, F d) {
+    const auto pairs = [](F x, F y) { return add(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD)); };
+    return pairs(pairs(a, b), pairs(c, d));
   }
   static F lane_numbers() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
   // Bit i says whether lane i of a is at least b's; or not a number.
@@ -187,18 +189,27 @@ struct Simd {
 #endif
   }
 
+  // acc[j] += w[2j] x[2j] + w[2j+1] x[2j+1], int16.
+  static I dot_int16(I acc, I w, I x) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpwssd_epi32(acc, w, x);
+#else
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(w, x));
+#endif
+  }
+  // 32 int8 as int16.
+  static I load_widened(const int8_t* from) { return _mm512_cvtepi8_epi16(load_256(from)); }
+
   // Into the second cache; from anywhere. (GCC drops calls of a function that only prefetches.)
   __attribute__((always_inline)) static void prefetch(const void* from) {
     _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1);
   }
+  // Into the first cache.
+  __attribute__((always_inline)) static void prefetch_near(const void* from) {
+    _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0);
+  }
 
  private:
-  // The sums of pairs of lanes of a, then of b.
-  static F add_pairs(F a, F b) {
-    const I even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    return add(_mm512_permutex2var_ps(a, even, b),
-               _mm512_permutex2var_ps(a, _mm512_add_epi32(even, int_all(1)), b));
-  }
   static __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
   static __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
   static void store_256(void* to, __m256i a) { _mm256_storeu_si256(static_cast<__m256i*>(to), a); }

@@ -115,11 +115,15 @@ struct Simd {
     return found;
   }
 
-  // Lane i of the result is the sum of all lanes of vectors[i], of 16.
-  static F sum_each(const F* vectors) {
-    F a;
-    for (int i = 0; i < 16; ++i) a.part[i / 4][i % 4] = sum(vectors[i]);
-    return a;
+  // Of every four lanes, the sums over a, over b, over c and over d.
+  static F sum_fours(F a, F b, F c, F d) {
+    const auto sum = [](Floats x) { return x[0] + x[2] + (x[1] + x[3]); };
+    return each([&](int i) { return Floats{sum(a.part[i]), sum(b.part[i]), sum(c.part[i]), sum(d.part[i])}; });
+  }
+  // The sum of the quarters of a, of b, of c and of d.
+  static F sum_quarters(F a, F b, F c, F d) {
+    const auto sum = [](const F& x) { return x.part[0] + x.part[1] + (x.part[2] + x.part[3]); };
+    return {{sum(a), sum(b), sum(c), sum(d)}};
   }
   static F lane_numbers() {
     return each([](int i) { return Floats{0, 1, 2, 3} + static_cast<float>(4 * i); });
@@ -242,7 +246,22 @@ struct Simd {
     });
   }
 
+  // acc[j] += w[2j] x[2j] + w[2j+1] x[2j+1], int16.
+  static I dot_int16(I acc, I w, I x) {
+    return each_int([&](int i) {
+      const Ints u = w.part[i], v = x.part[i];
+      return acc.part[i] + (u << 16 >> 16) * (v << 16 >> 16) + (u >> 16) * (v >> 16);
+    });
+  }
+  // 32 int8 as int16.
+  static I load_widened(const int8_t* from) {
+    int16_t values[32];
+    for (int i = 0; i < 32; ++i) values[i] = from[i];
+    return load_64(values);
+  }
+
   __attribute__((always_inline)) static void prefetch(const void* from) { __builtin_prefetch(from, 0, 2); }
+  __attribute__((always_inline)) static void prefetch_near(const void* from) { __builtin_prefetch(from, 0, 3); }
 
  private:
   static I floor(F x) {

@@ -1,0 +1,338 @@
+// One new token of a request against its pages: every key and value is read once, for all query heads that share it.
+//
+// Pages are read in the order of memory, the keys of a tile of tokens for all heads and then its values, because that is
+// what the processor's own prefetching understands; what the next tile needs is asked for meanwhile. Keys are scored as
+// they lie in the page: a dot product per key and head whose lanes are summed for 16 keys together. Values are added up
+// per head in registers. Sums are float32, or integers where pages are int8.
+#pragma once
+
+#include "attention_rows.h"
+#include "tiles.h"
+
+namespace distaff {
+namespace {
+
+constexpr int kHeads = 4;             // query heads that share the loading of a key
+constexpr int64_t kDecodeTile = 32;  // tokens
+
+// How a query is laid out and multiplied with keys that are kept as T: kLanes words for every kValues values. What
+// pack() returns is to be multiplied with the products.
+template <class T>
+struct FloatKeys {  // in float32
+  using Key = Simd::F;
+  using Sum = Simd::F;
+  static constexpr int64_t kValues = kLanes;
+  static float pack(const float* from, int64_t size, float* to) {
+    for (int64_t i = 0; i < size; i += kLanes) Simd::store(to + i, load_first(from + i, size - i));
+    return 1;
+  }
+  DISTAFF_INLINE static Sum start() { return Simd::zero(); }
+  DISTAFF_INLINE static Key load(const T* from) { return Simd::load(from); }
+  DISTAFF_INLINE static Sum add(Sum sum, Key key, const float* q) { return Simd::fma(key, Simd::load(q), sum); }
+  DISTAFF_INLINE static Simd::F total(Sum sum) { return sum; }
+};
+
+struct Bfloat16Keys {  // with bfloat16 products; the query is rounded
+  using Key = Simd::I;
+  using Sum = Simd::F;
+  static constexpr int64_t kValues = 2 * kLanes;
+  static float pack(const float* from, int64_t size, float* to) {
+    for (int64_t i = 0; i < size; i += kValues) {
+      Simd::store_64(to + i / 2, load_first_words<uint16_t>(from + i, size - i));
+    }
+    return 1;
+  }
+  DISTAFF_INLINE static Sum start() { return Simd::zero(); }
+  DISTAFF_INLINE static Key load(const uint16_t* from) { return Simd::load_64(from); }
+  DISTAFF_INLINE static Sum add(Sum sum, Key key, const float* q) { return Simd::dot_2(sum, key, Simd::load_64(q)); }
+  DISTAFF_INLINE static Simd::F total(Sum sum) { return sum; }
+};
+
+struct Int8Keys {  // with int16 products; the query is rounded to steps of its largest value, so that no sum overflows
+  using Key = Simd::I;
+  using Sum = Simd::I;
+  static constexpr int64_t kValues = 2 * kLanes;
+  static constexpr int32_t kSteps = INT32_MAX / (127 * kMostValues);
+  static float pack(const float* from, int64_t size, float* to) {
+    Simd::F largest = Simd::zero();
+    for (int64_t i = 0; i < size; i += kLanes) largest = Simd::max(largest, Simd::abs(load_first(from + i, size - i)));
+    const float step = Simd::largest(largest) / kSteps;
+    const Simd::F inverse = Simd::all(step > 0 ? 1 / step : 0.0f);
+    auto* words = reinterpret_cast<int16_t*>(to);
+    memset(words, 0, round_up(size, kValues) * sizeof *words);
+    for (int64_t i = 0; i < size; i += kLanes) {
+      int32_t steps[kLanes];
+      const Simd::I rounded = Simd::nearest(Simd::mul(load_first(from + i, size - i), inverse));
+      Simd::store_64(steps, rounded);
+      for (int64_t j = 0; j < kLanes; ++j) words[i + j] = static_cast<int16_t>(steps[j]);
+    }
+    return step;
+  }
+  DISTAFF_INLINE static Sum start() { return Simd::int_zero(); }
+  DISTAFF_INLINE static Key load(const int8_t* from) { return Simd::load_widened(from); }
+  DISTAFF_INLINE static Sum add(Sum sum, Key key, const float* q) {
+    return Simd::dot_int16(sum, key, Simd::load_64(q));
+  }
+  DISTAFF_INLINE static Simd::F total(Sum sum) { return Simd::to_float(sum); }
+};
+
+template <class T>
+struct KeysOf {
+  using type = FloatKeys<T>;
+};
+template <>
+struct KeysOf<int8_t> {
+  using type = Int8Keys;
+};
+template <>
+struct KeysOf<uint16_t> {
+  using type = Choose<Simd::kHasDot2, Bfloat16Keys, FloatKeys<uint16_t>>;
+};
+template <class T>
+using Keys = typename KeysOf<T>::type;
+
+template <class T>
+constexpr int64_t query_words(int64_t size) {
+  return round_up(size, Keys<T>::kValues) / Keys<T>::kValues * kLanes;
+}
+
+// Asks for tokens of a pool in the order of memory, the bytes of one head after the other.
+struct Fetch {
+  const char* data;
+  const int32_t* tokens;
+  int64_t bytes, heads;
+  int64_t head = 0;
+
+  Fetch(const Call& call, const Pool& pool, const int32_t* tokens)
+      : data(static_cast<const char*>(pool.data)), tokens(tokens), bytes(pool.head_bytes()), heads(call.kv_heads) {}
+  // (GCC drops calls of a function that only prefetches.)
+  DISTAFF_INLINE void next() {
+    const char* from = data + (*tokens * heads + head) * bytes;
+    const auto before = reinterpret_cast<uintptr_t>(from) % 64;
+    for (int64_t b = before == 0 ? 0 : 64 - before; b < bytes; b += 64) Simd::prefetch_near(from + b);
+    if (++head == heads) {
+      head = 0;
+      ++tokens;
+    }
+  }
+};
+
+// scores[h][i] = q[h] . key i, for G heads and `count` keys, a multiple of 16. kSize is the keys' size, or 0.
+template <class T, int G, int kSize>
+void score(Column<T> keys, const int32_t* tokens, int64_t count, const float* q, const float* scales, Fetch* fetch,
+           float* scores) {
+  using K = Keys<T>;
+  const int64_t size = kSize != 0 ? kSize : keys.size, whole = size / K::kValues * K::kValues;
+  const int64_t stride = query_words<T>(size);
+  for (int64_t first = 0; first < count; first += kLanes) {
+    Simd::F fours[G][4];
+    unrolled<4>([&](auto part) DISTAFF_UNROLLED {
+      const T* from[4];
+      typename K::Sum sums[G][4];
+      unrolled<4>([&](auto i) DISTAFF_UNROLLED {
+        from[i] = keys.of(tokens[first + 4 * part + i]);
+        if (fetch != nullptr) fetch->next();
+        unrolled<G>([&](auto h) DISTAFF_UNROLLED { sums[h][i] = K::start(); });
+      });
+      const auto add = [&](int64_t d, const auto& load) DISTAFF_UNROLLED {
+        unrolled<4>([&](auto i) DISTAFF_UNROLLED {
+          const typename K::Key key = load(from[i] + d);
+          unrolled<G>([&](auto h) DISTAFF_UNROLLED {
+            sums[h][i] = K::add(sums[h][i], key, q + h * stride + d / K::kValues * kLanes);
+          });
+        });
+      };
+#pragma GCC unroll 8
+      for (int64_t d = 0; d < whole; d += K::kValues) add(d, [](const T* at) DISTAFF_UNROLLED { return K::load(at); });
+      if (whole < size) {
+        add(whole, [&](const T* at) {
+          T padded[K::kValues] = {};
+          memcpy(padded, at, (size - whole) * sizeof(T));
+          return K::load(padded);
+        });
+      }
+      unrolled<G>([&](auto h) DISTAFF_UNROLLED {
+        const auto& s = sums[h];
+        fours[h][part] = Simd::sum_fours(K::total(s[0]), K::total(s[1]), K::total(s[2]), K::total(s[3]));
+      });
+    });
+    unrolled<G>([&](auto h) DISTAFF_UNROLLED {
+      const auto& f = fours[h];
+      const Simd::F all = Simd::sum_quarters(f[0], f[1], f[2], f[3]);
+      Simd::store(scores + h * kDecodeTile + first, Simd::mul(all, Simd::all(scales[h])));
+    });
+  }
+}
+
+// W vectors of the values of a token from `d` on.
+template <bool kWhole, class T, int W>
+DISTAFF_INLINE void load_columns(const Column<T>& values, const int32_t* token, int64_t d, Simd::F (&x)[W]) {
+  const T* from = values.of(*token) + d;
+  unrolled<W>([&](auto w) DISTAFF_UNROLLED {
+    x[w] = kWhole ? Simd::load(from + w * kLanes) : load_first(from, values.size - d);
+  });
+}
+
+// Of two tokens, whose values meet two bfloat16 weights; lanes are in the order that interleaving leaves them in.
+template <bool, int W>
+DISTAFF_INLINE void load_columns(const Column<uint16_t>& values, const int32_t* tokens, int64_t d, Simd::I (&x)[W]) {
+  const uint16_t *even = values.of(tokens[0]) + d, *odd = values.of(tokens[1]) + d;
+  unrolled<W / 2>([&](auto w) DISTAFF_UNROLLED {
+    const Simd::I a = Simd::load_64(even + w * 2 * kLanes), b = Simd::load_64(odd + w * 2 * kLanes);
+    x[2 * w] = Simd::interleave_low(a, b);
+    x[2 * w + 1] = Simd::interleave_high(a, b);
+  });
+}
+
+// sums[h][d ...] += the weighted values of `count` tokens, for W vectors of G heads.
+template <class T, class Weight, int G, int W, bool kWhole>
+DISTAFF_INLINE void add_columns(const Column<T>& values, const int32_t* tokens, int64_t count, const Weight* weights,
+                                int64_t d, Fetch* fetch, float* sums, int64_t stride) {
+  constexpr int64_t kTokens = 4 / sizeof(Weight);
+  using Format = typename FormatOf<Weight>::type;
+  Simd::F s[G][W];
+  unrolled<G>([&](auto h) DISTAFF_UNROLLED {
+    unrolled<W>([&](auto w) DISTAFF_UNROLLED { s[h][w] = Simd::load(sums + h * stride + d + w * kLanes); });
+  });
+  for (int64_t i = 0; i < count; i += kTokens) {
+    for (int64_t j = 0; fetch != nullptr && j < kTokens; ++j) fetch->next();
+    typename Format::W x[W];
+    load_columns<kWhole>(values, tokens + i, d, x);
+    unrolled<G>([&](auto h) DISTAFF_UNROLLED {
+      const auto weight = Format::repeat(reinterpret_cast<const uint8_t*>(weights + h * kDecodeTile + i));
+      unrolled<W>([&](auto w) DISTAFF_UNROLLED { s[h][w] = Format::dot(s[h][w], x[w], weight); });
+    });
+  }
+  unrolled<G>([&](auto h) DISTAFF_UNROLLED {
+    unrolled<W>([&](auto w) DISTAFF_UNROLLED { Simd::store(sums + h * stride + d + w * kLanes, s[h][w]); });
+  });
+}
+
+template <class T, class Weight, int G>
+void add_values(Column<T> values, const int32_t* tokens, int64_t count, const Weight* weights, Fetch* fetch,
+                float* sums) {
+  constexpr int kLeast = 4 / sizeof(Weight), kMost = Simd::kPanels > kLeast ? Simd::kPanels : kLeast;
+  const int64_t stride = round_up(values.size, kLanes);
+  int64_t d = 0;
+  for (; d + kMost * kLanes <= values.size; d += kMost * kLanes, fetch = nullptr) {
+    add_columns<T, Weight, G, kMost, true>(values, tokens, count, weights, d, fetch, sums, stride);
+  }
+  for (; d + kLeast * kLanes <= values.size; d += kLeast * kLanes, fetch = nullptr) {
+    add_columns<T, Weight, G, kLeast, true>(values, tokens, count, weights, d, fetch, sums, stride);
+  }
+  if constexpr (kLeast == 1) {
+    if (d < values.size) add_columns<T, Weight, G, 1, false>(values, tokens, count, weights, d, fetch, sums, stride);
+  }
+}
+
+// The kernels for up to kHeads heads that share keys.
+template <class K, class V, class Weight>
+struct Shared {
+  void (*score)(Column<K>, const int32_t*, int64_t, const float*, const float*, Fetch*, float*);
+  void (*add_values)(Column<V>, const int32_t*, int64_t, const Weight*, Fetch*, float*);
+
+  template <int G>
+  static Shared of_heads(int64_t size) {
+    return {size == 64 ? distaff::score<K, G, 64> : size == 128 ? distaff::score<K, G, 128> : distaff::score<K, G, 0>,
+            distaff::add_values<V, Weight, G>};
+  }
+  static Shared of(int64_t heads, int64_t size) {
+    return heads == 1 ? of_heads<1>(size) : heads == 2 ? of_heads<2>(size) : heads == 3 ? of_heads<3>(size)
+                                                                                     : of_heads<4>(size);
+  }
+};
+
+struct DecodeLayout : Offsets {
+  int64_t words, width;  // floats of a query and of a sum
+  int64_t q, scales, sums, rows, scores, weights, tokens;
+
+  DecodeLayout(const Call& call, const Piece& piece)
+      : words(most(query_words<float>(call.keys.size), query_words<int8_t>(call.keys.size))),
+        width(round_up(call.values.size, kLanes)) {
+    q = take(call.heads * words);
+    scales = take(call.heads);
+    sums = take(call.heads * width);
+    rows = take(call.heads * static_cast<int64_t>(sizeof(Row) / sizeof(float)));
+    scores = take(call.heads * kDecodeTile);
+    weights = take(call.heads * kDecodeTile);
+    tokens = take(stream_length(piece, kDecodeTile));
+  }
+};
+
+template <class K, class V, class Weight>
+void decode_as(const Call& call, const Piece& piece, const Piece* next, float* scratch) {
+  const DecodeLayout layout(call, piece);
+  const int64_t groups = call.groups(), words = query_words<K>(call.keys.size), width = layout.width;
+  float *q = scratch + layout.q, *scales = scratch + layout.scales, *sums = scratch + layout.sums;
+  float* scores = scratch + layout.scores;
+  auto* rows = reinterpret_cast<Row*>(scratch + layout.rows);
+  auto* weights = reinterpret_cast<Weight*>(scratch + layout.weights);
+  auto* stream = reinterpret_cast<int32_t*>(scratch + layout.tokens);
+  locate_stream(call, piece, next, kDecodeTile, stream);
+  memset(sums, 0, call.heads * width * sizeof *sums);
+  for (int64_t head = 0; head < call.heads; ++head) {
+    float loaded[kMostValues];
+    load_query(call, piece.token, head, loaded);
+    scales[head] = Keys<K>::pack(loaded, call.keys.size, q + head * words);
+    rows[head] = start_row(call, piece.token, head);
+  }
+  using Kernels = Shared<K, V, Weight>;
+  const Kernels full = Kernels::of(kHeads, call.keys.size), rest = Kernels::of((groups - 1) % kHeads + 1, call.keys.size);
+  // Calls body(head, kernels, first) for every few heads that share keys; `first` says that no others did.
+  const auto each = [&](const auto& body) {
+    for (int64_t head = 0; head < call.heads;) {
+      const int64_t heads = least(groups - head % groups, kHeads);
+      body(head, heads == kHeads ? full : rest, head % groups == 0);
+      head += heads;
+    }
+  };
+  for (int64_t at = piece.begin; at < piece.end; at += kDecodeTile, stream += kDecodeTile) {
+    Columns tile = tile_of(piece, at, kDecodeTile);
+    int32_t tokens[kDecodeTile];
+    repeat_last(stream, tile.end, tile.columns, tokens);
+    Fetch keys_ahead(call, call.keys, stream + kDecodeTile), values_ahead(call, call.values, stream + kDecodeTile);
+    each([&](int64_t head, const Kernels& kernels, bool first) {
+      const Column<K> keys(call, call.keys, head / groups);
+      kernels.score(keys, tokens, tile.columns, q + head * words, scales + head, first ? &keys_ahead : nullptr,
+                    scores + head * kDecodeTile);
+    });
+    for (int64_t head = 0; head < call.heads; ++head) {
+      float key_steps[kDecodeTile], value_steps[kDecodeTile];
+      if constexpr (sizeof(K) == 1) {
+        tile.key_steps = key_steps;
+        tile.value_steps = value_steps;
+        if (head % groups == 0) {
+          Column<K>(call, call.keys, head / groups).steps(tokens, tile.columns, key_steps);
+          Column<V>(call, call.values, head / groups).steps(tokens, tile.columns, value_steps);
+        }
+      }
+      weigh(call, tile, rows[head], scores + head * kDecodeTile, weights + head * kDecodeTile, sums + head * width, width);
+    }
+    each([&](int64_t head, const Kernels& kernels, bool first) {
+      const Column<V> values(call, call.values, head / groups);
+      kernels.add_values(values, tokens, tile.columns, weights + head * kDecodeTile, first ? &values_ahead : nullptr,
+                         sums + head * width);
+    });
+  }
+  for (int64_t head = 0; head < call.heads; ++head) {
+    float* mine = sums + head * width;
+    if constexpr (sizeof(Weight) == 2) {
+      for (int64_t d = 0; d < width; d += 2 * kLanes) {
+        Simd::store_interleaved(mine + d, mine + d + kLanes, Simd::load(mine + d), Simd::load(mine + d + kLanes));
+      }
+    }
+    deliver(call, piece, piece.token, head, rows[head], mine);
+  }
+}
+
+void decode(const Call& call, const Piece& piece, const Piece* next, float* scratch) {
+  const bool k32 = call.keys.storage == Storage::kFloat32, v32 = call.values.storage == Storage::kFloat32;
+  auto kernel = k32 ? (v32 ? decode_as<float, float, float> : decode_as<float, uint16_t, float>)
+                    : (v32 ? decode_as<uint16_t, float, float> : decode_as<uint16_t, uint16_t, float>);
+  if (!k32 && !v32 && call.values.size % (2 * kLanes) == 0) kernel = decode_as<uint16_t, uint16_t, Narrow>;
+  if (call.keys.storage == Storage::kInt8) kernel = decode_as<int8_t, int8_t, float>;
+  kernel(call, piece, next, scratch);
+}
+
+}  // namespace
+}  // namespace distaff
