@@ -96,32 +96,62 @@ constexpr int64_t query_words(int64_t size) {
   return round_up(size, Keys<T>::kValues) / Keys<T>::kValues * kLanes;
 }
 
-// Asks for tokens of a pool in the order of memory, the bytes of one head after the other.
-struct Fetch {
-  const char* data;
-  const int32_t* tokens;
-  int64_t bytes, heads;
-  int64_t head = 0;
-
-  Fetch(const Call& call, const Pool& pool, const int32_t* tokens)
-      : data(static_cast<const char*>(pool.data)), tokens(tokens), bytes(pool.head_bytes()), heads(call.kv_heads) {}
-  // (GCC drops calls of a function that only prefetches.)
-  DISTAFF_INLINE void next() {
-    const char* from = data + (*tokens * heads + head) * bytes;
-    const auto before = reinterpret_cast<uintptr_t>(from) % 64;
-    for (int64_t b = before == 0 ? 0 : 64 - before; b < bytes; b += 64) Simd::prefetch_near(from + b);
-    if (++head == heads) {
-      head = 0;
-      ++tokens;
+// Asks for tokens of a pool in the order of memory, a few lines at a time: a burst would fill the processor's queue of
+// misses and stop it.
+class Fetch {
+ public:
+  Fetch(const Call& call, const Pool& pool, const int32_t* tokens, int64_t count)
+      : data_(static_cast<const char*>(pool.data)),
+        row_(call.kv_heads * pool.head_bytes()),
+        tokens_(tokens),
+        last_(tokens + count) {
+    next_run();
+  }
+  // After the last token, its last line again.
+  DISTAFF_INLINE void next(int64_t lines) {
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < lines; ++i) {
+      Simd::prefetch_near(at_);
+      at_ += 64;
+      if (at_ >= end_) next_run();
     }
   }
+  void rest() {
+    while (tokens_ != last_) next(1);
+  }
+
+ private:
+  __attribute__((noinline)) void next_run() {
+    if (tokens_ == last_) {
+      at_ = end_ - 1;
+      return;
+    }
+    const int32_t first = *tokens_;
+    int32_t count = 1;
+    while (++tokens_ != last_ && *tokens_ == first + count) ++count;
+    at_ = data_ + first * row_;
+    end_ = at_ + count * row_;
+    at_ -= reinterpret_cast<uintptr_t>(at_) % 64;
+  }
+
+  const char* data_;
+  int64_t row_;
+  const int32_t *tokens_, *last_;
+  const char *at_ = nullptr, *end_ = nullptr;
 };
+
+// Lines that are asked for with a head of `size` values.
+template <class T>
+constexpr int64_t lines_of(int64_t size) {
+  return most(1, size * static_cast<int64_t>(sizeof(T)) / 64);
+}
 
 // scores[h][i] = q[h] . key i, for G heads and `count` keys, a multiple of 16. kSize is the keys' size, or 0.
 template <class T, int G, int kSize>
-void score(Column<T> keys, const int32_t* tokens, int64_t count, const float* q, const float* scales, Fetch* fetch,
+void score(Column<T> keys, const int32_t* tokens, int64_t count, const float* q, const float* scales, Fetch& ahead,
            float* scores) {
   using K = Keys<T>;
+  Fetch fetch = ahead;
   const int64_t size = kSize != 0 ? kSize : keys.size, whole = size / K::kValues * K::kValues;
   const int64_t stride = query_words<T>(size);
   for (int64_t first = 0; first < count; first += kLanes) {
@@ -131,7 +161,7 @@ void score(Column<T> keys, const int32_t* tokens, int64_t count, const float* q,
       typename K::Sum sums[G][4];
       unrolled<4>([&](auto i) DISTAFF_UNROLLED {
         from[i] = keys.of(tokens[first + 4 * part + i]);
-        if (fetch != nullptr) fetch->next();
+        fetch.next(lines_of<T>(size));
         unrolled<G>([&](auto h) DISTAFF_UNROLLED { sums[h][i] = K::start(); });
       });
       const auto add = [&](int64_t d, const auto& load) DISTAFF_UNROLLED {
@@ -162,6 +192,7 @@ void score(Column<T> keys, const int32_t* tokens, int64_t count, const float* q,
       Simd::store(scores + h * kDecodeTile + first, Simd::mul(all, Simd::all(scales[h])));
     });
   }
+  ahead = fetch;
 }
 
 // W vectors of the values of a token from `d` on.
@@ -187,15 +218,16 @@ DISTAFF_INLINE void load_columns(const Column<uint16_t>& values, const int32_t* 
 // sums[h][d ...] += the weighted values of `count` tokens, for W vectors of G heads.
 template <class T, class Weight, int G, int W, bool kWhole>
 DISTAFF_INLINE void add_columns(const Column<T>& values, const int32_t* tokens, int64_t count, const Weight* weights,
-                                int64_t d, Fetch* fetch, float* sums, int64_t stride) {
+                                int64_t d, Fetch& ahead, float* sums, int64_t stride) {
   constexpr int64_t kTokens = 4 / sizeof(Weight);
   using Format = typename FormatOf<Weight>::type;
+  Fetch fetch = ahead;
   Simd::F s[G][W];
   unrolled<G>([&](auto h) DISTAFF_UNROLLED {
     unrolled<W>([&](auto w) DISTAFF_UNROLLED { s[h][w] = Simd::load(sums + h * stride + d + w * kLanes); });
   });
   for (int64_t i = 0; i < count; i += kTokens) {
-    for (int64_t j = 0; fetch != nullptr && j < kTokens; ++j) fetch->next();
+    fetch.next(kTokens * lines_of<T>(W * kLanes));
     typename Format::W x[W];
     load_columns<kWhole>(values, tokens + i, d, x);
     unrolled<G>([&](auto h) DISTAFF_UNROLLED {
@@ -206,30 +238,31 @@ DISTAFF_INLINE void add_columns(const Column<T>& values, const int32_t* tokens, 
   unrolled<G>([&](auto h) DISTAFF_UNROLLED {
     unrolled<W>([&](auto w) DISTAFF_UNROLLED { Simd::store(sums + h * stride + d + w * kLanes, s[h][w]); });
   });
+  ahead = fetch;
 }
 
 template <class T, class Weight, int G>
-void add_values(Column<T> values, const int32_t* tokens, int64_t count, const Weight* weights, Fetch* fetch,
+void add_values(Column<T> values, const int32_t* tokens, int64_t count, const Weight* weights, Fetch& ahead,
                 float* sums) {
   constexpr int kLeast = 4 / sizeof(Weight), kMost = Simd::kPanels > kLeast ? Simd::kPanels : kLeast;
   const int64_t stride = round_up(values.size, kLanes);
   int64_t d = 0;
-  for (; d + kMost * kLanes <= values.size; d += kMost * kLanes, fetch = nullptr) {
-    add_columns<T, Weight, G, kMost, true>(values, tokens, count, weights, d, fetch, sums, stride);
+  for (; d + kMost * kLanes <= values.size; d += kMost * kLanes) {
+    add_columns<T, Weight, G, kMost, true>(values, tokens, count, weights, d, ahead, sums, stride);
   }
-  for (; d + kLeast * kLanes <= values.size; d += kLeast * kLanes, fetch = nullptr) {
-    add_columns<T, Weight, G, kLeast, true>(values, tokens, count, weights, d, fetch, sums, stride);
+  for (; d + kLeast * kLanes <= values.size; d += kLeast * kLanes) {
+    add_columns<T, Weight, G, kLeast, true>(values, tokens, count, weights, d, ahead, sums, stride);
   }
   if constexpr (kLeast == 1) {
-    if (d < values.size) add_columns<T, Weight, G, 1, false>(values, tokens, count, weights, d, fetch, sums, stride);
+    if (d < values.size) add_columns<T, Weight, G, 1, false>(values, tokens, count, weights, d, ahead, sums, stride);
   }
 }
 
 // The kernels for up to kHeads heads that share keys.
 template <class K, class V, class Weight>
 struct Shared {
-  void (*score)(Column<K>, const int32_t*, int64_t, const float*, const float*, Fetch*, float*);
-  void (*add_values)(Column<V>, const int32_t*, int64_t, const Weight*, Fetch*, float*);
+  void (*score)(Column<K>, const int32_t*, int64_t, const float*, const float*, Fetch&, float*);
+  void (*add_values)(Column<V>, const int32_t*, int64_t, const Weight*, Fetch&, float*);
 
   template <int G>
   static Shared of_heads(int64_t size) {
@@ -278,11 +311,11 @@ void decode_as(const Call& call, const Piece& piece, const Piece* next, float* s
   }
   using Kernels = Shared<K, V, Weight>;
   const Kernels full = Kernels::of(kHeads, call.keys.size), rest = Kernels::of((groups - 1) % kHeads + 1, call.keys.size);
-  // Calls body(head, kernels, first) for every few heads that share keys; `first` says that no others did.
-  const auto each = [&](const auto& body) {
+  // Calls body(head, kernels) for every few heads that share keys.
+  const auto each_few = [&](const auto& body) {
     for (int64_t head = 0; head < call.heads;) {
       const int64_t heads = least(groups - head % groups, kHeads);
-      body(head, heads == kHeads ? full : rest, head % groups == 0);
+      body(head, heads == kHeads ? full : rest);
       head += heads;
     }
   };
@@ -290,12 +323,14 @@ void decode_as(const Call& call, const Piece& piece, const Piece* next, float* s
     Columns tile = tile_of(piece, at, kDecodeTile);
     int32_t tokens[kDecodeTile];
     repeat_last(stream, tile.end, tile.columns, tokens);
-    Fetch keys_ahead(call, call.keys, stream + kDecodeTile), values_ahead(call, call.values, stream + kDecodeTile);
-    each([&](int64_t head, const Kernels& kernels, bool first) {
+    Fetch keys_ahead(call, call.keys, stream + kDecodeTile, kDecodeTile);
+    Fetch values_ahead(call, call.values, stream + kDecodeTile, kDecodeTile);
+    each_few([&](int64_t head, const Kernels& kernels) {
       const Column<K> keys(call, call.keys, head / groups);
-      kernels.score(keys, tokens, tile.columns, q + head * words, scales + head, first ? &keys_ahead : nullptr,
+      kernels.score(keys, tokens, tile.columns, q + head * words, scales + head, keys_ahead,
                     scores + head * kDecodeTile);
     });
+    keys_ahead.rest();
     for (int64_t head = 0; head < call.heads; ++head) {
       float key_steps[kDecodeTile], value_steps[kDecodeTile];
       if constexpr (sizeof(K) == 1) {
@@ -308,11 +343,12 @@ void decode_as(const Call& call, const Piece& piece, const Piece* next, float* s
       }
       weigh(call, tile, rows[head], scores + head * kDecodeTile, weights + head * kDecodeTile, sums + head * width, width);
     }
-    each([&](int64_t head, const Kernels& kernels, bool first) {
+    each_few([&](int64_t head, const Kernels& kernels) {
       const Column<V> values(call, call.values, head / groups);
-      kernels.add_values(values, tokens, tile.columns, weights + head * kDecodeTile, first ? &values_ahead : nullptr,
+      kernels.add_values(values, tokens, tile.columns, weights + head * kDecodeTile, values_ahead,
                          sums + head * width);
     });
+    values_ahead.rest();
   }
   for (int64_t head = 0; head < call.heads; ++head) {
     float* mine = sums + head * width;

@@ -129,7 +129,18 @@ inline void load_query(const Call& call, int64_t token, int64_t head, float* to)
   for (int64_t i = 0; i < size; i += kLanes) Simd::store(to + i, Simd::mul(load_first(to + i, size - i), scale));
 }
 
+// Asks for the token of a slot.
+DISTAFF_INLINE void prefetch_slot(const Call& call, const Pool& pool, int64_t slot) {
+  const int64_t bytes = call.kv_heads * pool.head_bytes();
+  const char* row = static_cast<const char*>(pool.data) + slot * bytes;
+  for (int64_t b = 0; b < bytes; b += 64) Simd::prefetch_near(row + b);
+}
+
 void write_rows(const Call& call, int64_t first, int64_t end) {
+  for (int64_t token = first; token < end; ++token) {
+    prefetch_slot(call, call.keys, call.slots[token]);
+    if (call.v.data != nullptr) prefetch_slot(call, call.values, call.slots[token]);
+  }
   float row[kMostValues];
   for (int64_t token = first; token < end; ++token) {
     for (int64_t head = 0; head < call.kv_heads; ++head) {
