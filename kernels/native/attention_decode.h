@@ -140,6 +140,8 @@ class Fetch {
   const char *at_ = nullptr, *end_ = nullptr;
 };
 
+constexpr int64_t kLinesBetween = 8;  // that are asked for with what else is done for a query head
+
 // Lines that are asked for with a head of `size` values.
 template <class T>
 constexpr int64_t lines_of(int64_t size) {
@@ -302,9 +304,11 @@ void decode_as(const Call& call, const Piece& piece, const Piece* next, float* s
   auto* weights = reinterpret_cast<Weight*>(scratch + layout.weights);
   auto* stream = reinterpret_cast<int32_t*>(scratch + layout.tokens);
   locate_stream(call, piece, next, kDecodeTile, stream);
+  Fetch keys_ahead(call, call.keys, stream + kDecodeTile, kDecodeTile);
   memset(sums, 0, call.heads * width * sizeof *sums);
   for (int64_t head = 0; head < call.heads; ++head) {
     float loaded[kMostValues];
+    keys_ahead.next(kLinesBetween);
     load_query(call, piece.token, head, loaded);
     scales[head] = Keys<K>::pack(loaded, call.keys.size, q + head * words);
     rows[head] = start_row(call, piece.token, head);
@@ -323,7 +327,6 @@ void decode_as(const Call& call, const Piece& piece, const Piece* next, float* s
     Columns tile = tile_of(piece, at, kDecodeTile);
     int32_t tokens[kDecodeTile];
     repeat_last(stream, tile.end, tile.columns, tokens);
-    Fetch keys_ahead(call, call.keys, stream + kDecodeTile, kDecodeTile);
     Fetch values_ahead(call, call.values, stream + kDecodeTile, kDecodeTile);
     each_few([&](int64_t head, const Kernels& kernels) {
       const Column<K> keys(call, call.keys, head / groups);
@@ -341,6 +344,7 @@ void decode_as(const Call& call, const Piece& piece, const Piece* next, float* s
           Column<V>(call, call.values, head / groups).steps(tokens, tile.columns, value_steps);
         }
       }
+      values_ahead.next(kLinesBetween);
       weigh(call, tile, rows[head], scores + head * kDecodeTile, weights + head * kDecodeTile, sums + head * width, width);
     }
     each_few([&](int64_t head, const Kernels& kernels) {
@@ -349,6 +353,7 @@ void decode_as(const Call& call, const Piece& piece, const Piece* next, float* s
                          sums + head * width);
     });
     values_ahead.rest();
+    keys_ahead = Fetch(call, call.keys, stream + 2 * kDecodeTile, kDecodeTile);
   }
   for (int64_t head = 0; head < call.heads; ++head) {
     float* mine = sums + head * width;

@@ -33,8 +33,7 @@ struct Plan {
   std::vector<Piece> whole, pieces;  // before and after splitting
   std::vector<Split> splits;
   std::vector<float> partials;
-  std::vector<int> order;  // in which threads take the pieces
-  int most_queries = 1;    // tokens of the largest prefill piece
+  std::vector<int> sorted, order;  // the pieces by cost, and as threads take them
   int64_t cost = 0;
 };
 
@@ -88,11 +87,7 @@ inline void make_plan(const Call& call, int threads, Plan& plan) {
   plan.whole.clear();
   for (int64_t r = 0; r < call.requests; ++r) add_pieces(call, r, queries, plan.whole);
   plan.cost = 0;
-  plan.most_queries = 1;
-  for (const Piece& piece : plan.whole) {
-    plan.cost += piece.cost;
-    plan.most_queries = std::max(plan.most_queries, piece.count);
-  }
+  for (const Piece& piece : plan.whole) plan.cost += piece.cost;
   plan.pieces.clear();
   plan.splits.clear();
   const int64_t most = threads == 1 ? plan.cost + 1 : plan.cost / (4 * threads) + 1;
@@ -109,11 +104,16 @@ inline void make_plan(const Call& call, int threads, Plan& plan) {
       next += floats_of(plan.pieces[i]);
     }
   }
-  // The longest first, so that threads end together.
-  plan.order.resize(plan.pieces.size());
-  std::iota(plan.order.begin(), plan.order.end(), 0);
-  std::stable_sort(plan.order.begin(), plan.order.end(),
+  // Each thread takes its share in order (parallel.h), so all are dealt the longest first and end together.
+  const auto count = static_cast<int>(plan.pieces.size());
+  plan.sorted.resize(count);
+  std::iota(plan.sorted.begin(), plan.sorted.end(), 0);
+  std::stable_sort(plan.sorted.begin(), plan.sorted.end(),
                    [&](int a, int b) { return plan.pieces[a].cost > plan.pieces[b].cost; });
+  plan.order.clear();
+  for (int thread = 0; thread < threads; ++thread) {
+    for (int i = thread; i < count; i += threads) plan.order.push_back(plan.sorted[i]);
+  }
 }
 
 // Does all of a call. `parallel` has count(), the number of threads, and run(n, work), which calls work(0) … work(n-1).

@@ -213,7 +213,7 @@ inline Columns tile_of(const Piece& piece, int64_t at, int64_t size) {
 }
 
 // Indices of the tokens of a piece, and after them of those that are asked for meanwhile: the first of the next piece.
-inline int64_t stream_length(const Piece& piece, int64_t ahead) { return piece.end - piece.begin + ahead + kLanes; }
+inline int64_t stream_length(const Piece& piece, int64_t ahead) { return round_up(piece.end - piece.begin, ahead) + 2 * ahead; }
 
 inline void locate_stream(const Call& call, const Piece& piece, const Piece* next, int64_t ahead, int32_t* tokens) {
   int64_t at = piece.end - piece.begin;
