@@ -154,7 +154,7 @@ void score(Column<T> keys, const int32_t* tokens, int64_t count, const float* q,
            float* scores) {
   using K = Keys<T>;
   Fetch fetch = ahead;
-  const int64_t size = kSize != 0 ? kSize : keys.size, whole = size / K::kValues * K::kValues;
+  const int64_t size = kSize != 0 ? kSize : keys.size;
   const int64_t stride = query_words<T>(size);
   for (int64_t first = 0; first < count; first += kLanes) {
     Simd::F fours[G][4];
@@ -174,14 +174,19 @@ void score(Column<T> keys, const int32_t* tokens, int64_t count, const float* q,
           });
         });
       };
-#pragma GCC unroll 8
-      for (int64_t d = 0; d < whole; d += K::kValues) add(d, [](const T* at) DISTAFF_UNROLLED { return K::load(at); });
-      if (whole < size) {
-        add(whole, [&](const T* at) {
-          T padded[K::kValues] = {};
-          memcpy(padded, at, (size - whole) * sizeof(T));
-          return K::load(padded);
-        });
+      const auto load = [](const T* at) DISTAFF_UNROLLED { return K::load(at); };
+      if constexpr (kSize != 0) {
+        unrolled<kSize / K::kValues>([&](auto d) DISTAFF_UNROLLED { add(d * K::kValues, load); });
+      } else {
+        const int64_t whole = size / K::kValues * K::kValues;
+        for (int64_t d = 0; d < whole; d += K::kValues) add(d, load);
+        if (whole < size) {
+          add(whole, [&](const T* at) {
+            T padded[K::kValues] = {};
+            memcpy(padded, at, (size - whole) * sizeof(T));
+            return K::load(padded);
+          });
+        }
       }
       unrolled<G>([&](auto h) DISTAFF_UNROLLED {
         const auto& s = sums[h];
@@ -268,8 +273,11 @@ struct Shared {
 
   template <int G>
   static Shared of_heads(int64_t size) {
-    return {size == 64 ? distaff::score<K, G, 64> : size == 128 ? distaff::score<K, G, 128> : distaff::score<K, G, 0>,
-            distaff::add_values<V, Weight, G>};
+    if constexpr (kWide) {
+      if (size == 64) return {distaff::score<K, G, 64>, distaff::add_values<V, Weight, G>};
+      if (size == 128) return {distaff::score<K, G, 128>, distaff::add_values<V, Weight, G>};
+    }
+    return {distaff::score<K, G, 0>, distaff::add_values<V, Weight, G>};
   }
   static Shared of(int64_t heads, int64_t size) {
     return heads == 1 ? of_heads<1>(size) : heads == 2 ? of_heads<2>(size) : heads == 3 ? of_heads<3>(size)

@@ -64,15 +64,21 @@ DISTAFF_INLINE void prefetch_row(const T* row, int64_t size) {
   for (int64_t b = 0; b < size * static_cast<int64_t>(sizeof(T)); b += 64) Simd::prefetch(from + b);
 }
 
-// Calls pack(d, load) for every 64 bytes of rows of `size` values, where load(row) loads them from value `d` on; zeros
-// after the last.
-template <class E, class T, class Pack>
+// Calls pack(d, load) for every 64 bytes of rows of kSize values, or `size` if 0, where load(row) loads them from value
+// `d` on; zeros after the last.
+template <class E, class T, int kSize, class Pack>
 DISTAFF_INLINE void each_vector(int64_t size, const Pack& pack) {
   constexpr int64_t kCount = 64 / sizeof(E);
-  int64_t d = 0;
-#pragma GCC unroll 8
-  for (; d + kCount <= size; d += kCount) pack(d, [d](const T* row) DISTAFF_UNROLLED { return load_words<E>(row + d); });
-  if (d < size) pack(d, [d, size](const T* row) { return load_first_words<E>(row + d, size - d); });
+  const auto whole = [&](int64_t d) DISTAFF_UNROLLED {
+    pack(d, [d](const T* row) DISTAFF_UNROLLED { return load_words<E>(row + d); });
+  };
+  if constexpr (kSize != 0) {
+    unrolled<kSize / kCount>([&](auto i) DISTAFF_UNROLLED { whole(i * kCount); });
+  } else {
+    int64_t d = 0;
+    for (; d + kCount <= size; d += kCount) whole(d);
+    if (d < size) pack(d, [d, size](const T* row) { return load_first_words<E>(row + d, size - d); });
+  }
 }
 
 // Panels of 16 keys of kSize values, or any if 0, [words][16]; `count` is a multiple of 16. Asks for the keys `ahead`,
@@ -86,7 +92,7 @@ void pack_keys(const Column<T>& keys, const int32_t* tokens, const int32_t* ahea
       prefetch_row(keys.of(ahead[first + i]), size);
       from[i] = keys.of(tokens[first + i]);
     });
-    each_vector<E, T>(size, [&](int64_t d, const auto& load) DISTAFF_UNROLLED {
+    each_vector<E, T, kSize>(size, [&](int64_t d, const auto& load) DISTAFF_UNROLLED {
       Simd::I rows[kLanes];
       unrolled<kLanes>([&](auto i) DISTAFF_UNROLLED { rows[i] = load(from[i]); });
       Simd::store_transposed(rows, to + d / kEach<E> * kLanes, kLanes);
@@ -105,7 +111,7 @@ void pack_values(const Column<T>& values, const int32_t* tokens, const int32_t* 
       prefetch_row(values.of(ahead[i + j]), size);
       from[j] = values.of(tokens[i + j]);
     });
-    each_vector<E, T>(size, [&](int64_t d, const auto& load) DISTAFF_UNROLLED {
+    each_vector<E, T, kSize>(size, [&](int64_t d, const auto& load) DISTAFF_UNROLLED {
       float* first = to + d / kLanes * kPanel;
       if constexpr (sizeof(E) == 4) {
         Simd::store_64(first, load(from[0]));
@@ -121,11 +127,19 @@ void pack_values(const Column<T>& values, const int32_t* tokens, const int32_t* 
 // The function for a size of keys or values.
 template <class E, class T>
 auto key_packer(int64_t size) {
-  return size == 64 ? pack_keys<E, T, 64> : size == 128 ? pack_keys<E, T, 128> : pack_keys<E, T, 0>;
+  if constexpr (kWide) {
+    if (size == 64) return pack_keys<E, T, 64>;
+    if (size == 128) return pack_keys<E, T, 128>;
+  }
+  return pack_keys<E, T, 0>;
 }
 template <class E, class T>
 auto value_packer(int64_t size) {
-  return size == 64 ? pack_values<E, T, 64> : size == 128 ? pack_values<E, T, 128> : pack_values<E, T, 0>;
+  if constexpr (kWide) {
+    if (size == 64) return pack_values<E, T, 64>;
+    if (size == 128) return pack_values<E, T, 128>;
+  }
+  return pack_values<E, T, 0>;
 }
 
 }  // namespace

@@ -76,7 +76,7 @@ void prefill_as(const Call& call, const Piece& piece, const Piece* next, float* 
     const int64_t token = piece.token + row / groups, head = piece.head + row % groups;
     float loaded[kMostValues];
     load_query(call, token, head, loaded);
-    each_vector<E, float>(keys.size, [&](int64_t d, const auto& load) {
+    each_vector<E, float, 0>(keys.size, [&](int64_t d, const auto& load) {
       Simd::store_64(q + row * layout.depth + d / kEach<E>, load(loaded));
     });
     state[row] = start_row(call, token, head);

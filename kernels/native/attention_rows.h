@@ -19,6 +19,9 @@ using attention::Storage;
 constexpr float kLowest = -3.40282346638528859812e+38f;
 constexpr float kInfinity = __builtin_inff();
 
+// Whether loops are worth a copy for the usual sizes of heads: where sums stay in registers.
+constexpr bool kWide = Simd::kPanels > 1;
+
 // The softmax is taken with powers of two, so scores are in units of log 2.
 constexpr float kLog2E = 1.44269504f;
 
