@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from distaff.runtime.engine import Engine
     from distaff.runtime.llm import LLM, TextPrompt, TokensPrompt
     from distaff.runtime.outputs import CompletionOutput, Logprob, RequestOutput
-    from distaff.runtime.sampling_params import RequestOutputKind, SamplingParams
+    from distaff.runtime.sampling_params import RequestOutputKind, SamplingParams, SamplingType
 
 _MODULES = {
     "AsyncEngine": "async_engine",
@@ -26,6 +26,7 @@ _MODULES = {
     "RequestOutput": "outputs",
     "RequestOutputKind": "sampling_params",
     "SamplingParams": "sampling_params",
+    "SamplingType": "sampling_params",
     "TextPrompt": "llm",
     "TokensPrompt": "llm",
 }
@@ -40,6 +41,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "SamplingType",
     "TextPrompt",
     "TokensPrompt",
 ]
