@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distaff.runtime.async_engine import AsyncEngine
+    from distaff.runtime.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from distaff.runtime.config import EngineConfig
     from distaff.runtime.engine import Engine
     from distaff.runtime.llm import LLM, TextPrompt, TokensPrompt
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "AsyncEngine": "async_engine",
+    "BeamSearchOutput": "beam_search",
+    "BeamSearchParams": "beam_search",
+    "BeamSearchSequence": "beam_search",
     "CompletionOutput": "outputs",
     "Engine": "engine",
     "EngineConfig": "config",
@@ -34,6 +38,9 @@ _MODULES = {
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "Engine",
     "EngineConfig",
