@@ -97,10 +97,10 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs argume
   if (auto message = weight.read(arguments, 0); !message.empty()) return refuse(message);
   call.weight = weight.matrix;
   if (call.weight.quantised()) {
-    call.activations.kind = int8_activations ? Activations::Kind::kInt8 : Activations::Kind::kFloat32;
+    call.x_as = int8_activations ? Activations::Kind::kInt8 : Activations::Kind::kFloat32;
   } else {
     const bool is_float32 = call.weight.kind == WeightKind::kFloat32;
-    call.activations.kind = is_float32 ? Activations::Kind::kFloat32 : Activations::Kind::kBfloat16;
+    call.x_as = is_float32 ? Activations::Kind::kFloat32 : Activations::Kind::kBfloat16;
   }
 
   FloatArguments floats(arguments, weight.arrays());

@@ -99,6 +99,11 @@ struct Simd {
     };
     return {eight(vectors), eight(vectors + 8)};
   }
+  static F largest_each(const F* vectors) {  // likewise
+    float all[16];
+    for (int i = 0; i < 16; ++i) all[i] = largest(vectors[i]);
+    return load(all);
+  }
   static F lane_numbers() {
     return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_ps(8, 9, 10, 11, 12, 13, 14, 15)};
   }

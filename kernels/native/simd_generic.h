@@ -114,6 +114,11 @@ struct Simd {
     for (int i = 0; i < 16; ++i) a.part[i / 4][i % 4] = sum(vectors[i]);
     return a;
   }
+  static F largest_each(const F* vectors) {  // likewise
+    F a;
+    for (int i = 0; i < 16; ++i) a.part[i / 4][i % 4] = largest(vectors[i]);
+    return a;
+  }
   static F lane_numbers() {
     return each([](int i) { return Floats{0, 1, 2, 3} + static_cast<float>(4 * i); });
   }

@@ -1,0 +1,121 @@
+// Rows of activations as the tiles of a matmul read them, over whichever `Simd` was included before.
+#pragma once
+
+#include "matmul.h"
+
+namespace distaff {
+namespace {
+
+Simd::F load_some(const float* from, int64_t count) {
+  return count == kLanes ? Simd::load(from) : Simd::load_first(from, count);
+}
+
+Simd::F load_some(const uint16_t* from, int64_t count) {
+  if (count == kLanes) return Simd::load(from);
+  uint16_t padded[kLanes] = {};
+  __builtin_memcpy(padded, from, count * sizeof *from);
+  return Simd::load(padded);
+}
+
+// 1 / sqrt(mean of squares + epsilon).
+template <typename X>
+float norm_scale(const X* x, int64_t size, float epsilon) {
+  constexpr int kChains = 4;  // one sum would wait for itself
+  Simd::F squares[kChains];
+  for (Simd::F& sum : squares) sum = Simd::zero();
+  int64_t k = 0;
+  for (; k + kChains * kLanes <= size; k += kChains * kLanes) {
+    unrolled<kChains>([&](auto i) DISTAFF_UNROLLED {
+      const Simd::F a = Simd::load(x + k + i * kLanes);
+      squares[i] = Simd::fma(a, a, squares[i]);
+    });
+  }
+  for (; k < size; k += kLanes) {
+    const Simd::F a = load_some(x + k, least(size - k, kLanes));
+    squares[0] = Simd::fma(a, a, squares[0]);
+  }
+  const Simd::F sum = Simd::add(Simd::add(squares[0], squares[1]), Simd::add(squares[2], squares[3]));
+  return 1.0f / __builtin_sqrtf(Simd::sum(sum) / static_cast<float>(size) + epsilon);
+}
+
+// to[k] = change(x[k], k) for k < size, and zero from there to `padded`.
+template <typename X, typename Change>
+void map_row(const X* x, int64_t size, int64_t padded, float* to, Change change) {
+  int64_t k = 0;
+  for (; k + kLanes <= size; k += kLanes) Simd::store(to + k, change(Simd::load(x + k), k, kLanes));
+  if (k < size) Simd::store(to + k, change(load_some(x + k, size - k), k, size - k));
+  for (k = round_up(size, kLanes); k < padded; k += kLanes) Simd::store(to + k, Simd::zero());
+}
+
+// Row `row` of x in float32, normalised if the call says so, with zeros up to prepare_floats().
+template <typename X>
+void normalised_row(const Matmul& call, int64_t row, float* to) {
+  const int64_t size = call.weight.rows, padded = prepare_floats(call);
+  const X* x = static_cast<const X*>(call.x) + row * size;
+  if (call.norm_weight == nullptr) {
+    map_row(x, size, padded, to, [](Simd::F a, int64_t, int64_t) { return a; });
+  } else {
+    const Simd::F scale = Simd::all(norm_scale(x, size, call.norm_epsilon));
+    map_row(x, size, padded, to, [scale, weight = call.norm_weight](Simd::F a, int64_t k, int64_t count) {
+      return Simd::mul(Simd::mul(a, scale), load_some(weight + k, count));
+    });
+  }
+}
+
+// int8 of `groups` (at most 16) times `size` floats, each group by its largest; `to`, scales and sums are those of the
+// first.
+void quantise(const float* from, int64_t groups, int64_t size, int32_t zero, int8_t* to, float* scales, float* sums,
+              int32_t* shifts) {
+  Simd::F each[kLanes];
+  for (Simd::F& vector : each) vector = Simd::zero();
+  for (int64_t g = 0, k = 0; g < groups; ++g) {
+    Simd::F largest = Simd::zero();
+    for (const int64_t end = k + size; k < end; k += kLanes) largest = Simd::max(largest, Simd::abs(Simd::load(from + k)));
+    each[g] = largest;
+  }
+  alignas(64) float inverses[kLanes], all_scales[kLanes], all_sums[kLanes];
+  const Simd::F largest = Simd::largest_each(each), most = Simd::all(127.0f);
+  Simd::store(all_scales, Simd::div(largest, most));
+  // Of nothing but zeros, anything finite.
+  Simd::store(inverses, Simd::div(most, Simd::max(largest, Simd::all(1e-36f))));
+  for (int64_t g = 0, k = 0; g < groups; ++g) {
+    const Simd::F inverse = Simd::all(inverses[g]);
+    Simd::I sum = Simd::int_zero();
+    for (const int64_t end = k + size; k < end; k += kLanes) {
+      const Simd::I q = Simd::nearest(Simd::mul(Simd::load(from + k), inverse));
+      Simd::store_int8(to + k, q);
+      sum = Simd::int_add(sum, q);
+    }
+    each[g] = Simd::to_float(sum);  // whole numbers below 2^24
+  }
+  Simd::store(all_sums, Simd::sum_each(each));
+  for (int64_t g = 0; g < groups; ++g) {
+    scales[g] = all_scales[g];
+    sums[g] = all_scales[g] * all_sums[g];
+    shifts[g] = -zero * static_cast<int32_t>(all_sums[g]);
+  }
+}
+
+void prepare(const Matmul& call, int64_t row_begin, int64_t row_end, const Activations& to, float* scratch) {
+  const int64_t floats = prepare_floats(call), groups = call.weight.groups();
+  const int64_t size = call.weight.group > 0 ? call.weight.group : floats;
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const int64_t at = row - row_begin;
+    uint8_t* values = to.values + at * to.stride;
+    float* x = call.x_as == Activations::Kind::kFloat32 ? reinterpret_cast<float*>(values) : scratch;
+    call.x_is_bf16 ? normalised_row<uint16_t>(call, row, x) : normalised_row<float>(call, row, x);
+    if (call.x_as == Activations::Kind::kBfloat16) {
+      auto* bf16 = reinterpret_cast<uint16_t*>(values);
+      for (int64_t k = 0; k < floats; k += kLanes) Simd::store(bf16 + k, Simd::load(x + k));
+    } else if (call.x_as == Activations::Kind::kInt8) {
+      for (int64_t g = 0; g < groups; g += kLanes) {
+        const int64_t first = at * groups + g;
+        quantise(x + g * size, least(groups - g, kLanes), size, call.weight.zero(),
+                 reinterpret_cast<int8_t*>(values) + g * size, to.scales + first, to.sums + first, to.shifts + first);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace distaff
