@@ -52,7 +52,7 @@ class BeamSearchParams:
 
 @dataclasses.dataclass
 class BeamSearchSequence:
-    """One beam: ``tokens`` begin with the prompt and hold the end token; ``logprobs`` has candidates of the new ones."""
+    """One beam: ``tokens`` begin with the prompt and hold the end token; ``logprobs`` has one entry a new token."""
 
     tokens: list[int]
     logprobs: SampleLogprobs
