@@ -161,33 +161,16 @@ struct Sums {
   float* values;
 };
 
-// Calls body(panel of the sums, part of the result, column there) for every 16 columns of the result.
-template <typename Body>
-DISTAFF_INLINE void each_column(const Matmul& call, const Sums& sums, const Body& body) {
-  const int64_t width = call.gated ? 2 : 1;
-  const Part *part = call.parts, *const last = part + call.part_count - 1;
-  for (int64_t p = 0; p < sums.panels; p += width) {
-    while (part < last && sums.panel + p >= part[1].first_panel) ++part;
-    body(p, *part, (sums.panel + p - part->first_panel) / width * kLanes);
-  }
-}
-
-// Brings near what finish() will read and write.
-DISTAFF_INLINE void fetch_results(const Matmul& call, int64_t first_row, int64_t rows, const Sums& sums) {
-  each_column(call, sums, [&](int64_t, const Part& part, int64_t column) DISTAFF_UNROLLED {
-    for (int64_t row = first_row; row < first_row + rows; ++row) {
-      const int64_t at = row * part.columns + column;
-      if (call.residual != nullptr) Simd::prefetch(call.residual + at);
-      Simd::prefetch(part.out + at);
-    }
-  });
-}
-
 // What happens to the sums of some rows: bias, activation, gate and residual, into the result.
 template <typename Activate>
 void finish(const Matmul& call, int64_t first_row, int64_t rows, const Sums& sums, Activate activate) {
-  each_column(call, sums, [&](int64_t p, const Part& part, int64_t column) DISTAFF_UNROLLED {
-    const int64_t count = least(part.columns - column, kLanes), panel = sums.panel + p;
+  const int64_t width = call.gated ? 2 : 1;
+  const Part *part = call.parts, *const last = part + call.part_count - 1;
+  for (int64_t p = 0; p < sums.panels; p += width) {
+    const int64_t panel = sums.panel + p;
+    while (part < last && panel >= part[1].first_panel) ++part;
+    const int64_t column = (panel - part->first_panel) / width * kLanes;
+    const int64_t count = least(part->columns - column, kLanes);
     Simd::F bias = Simd::zero(), up_bias = Simd::zero();
     if (call.bias != nullptr) {
       bias = load_some(call.bias + panel * kLanes, call.gated ? kLanes : count);
@@ -197,15 +180,15 @@ void finish(const Matmul& call, int64_t first_row, int64_t rows, const Sums& sum
       const float* c = sums.values + (r * sums.panels + p) * kLanes;
       Simd::F value = activate(Simd::add(Simd::load(c), bias));
       if (call.gated) value = Simd::mul(value, Simd::add(Simd::load(c + kLanes), up_bias));
-      const int64_t at = (first_row + r) * part.columns + column;
+      const int64_t at = (first_row + r) * part->columns + column;
       if (call.residual != nullptr) value = Simd::add(value, load_some(call.residual + at, count));
       if (count == kLanes) {
-        Simd::store(part.out + at, value);
+        Simd::store(part->out + at, value);
       } else {
-        Simd::store_first(part.out + at, value, count);
+        Simd::store_first(part->out + at, value, count);
       }
     }
-  });
+  }
 }
 
 void finish(const Matmul& call, int64_t first_row, int64_t rows, const Sums& sums) {
@@ -293,7 +276,6 @@ void multiply(const Matmul& call, const Activations& x, const Block& block, int6
         t.a_shifts = x.shifts + at;
         t.a_sums = x.sums + at;
       }
-      if (completes && step + piece >= steps) fetch_results(call, block.row_begin + row, count, sums);
       choice.of(call, count)(t);
       row += count;
     }
