@@ -68,6 +68,11 @@ class Workspace {
     return workspace;
   }
 
+  static int64_t next_call() {
+    static std::atomic<int64_t> calls{0};
+    return calls.fetch_add(1, std::memory_order_relaxed);
+  }
+
   // The rows of a block of the call with that number, made ready unless they are.
   const Activations& rows(const Matmul& call, int64_t number, const Block& block, const MatmulKernels& kernels) {
     if (number == number_ && block.row_begin == first_row_) return activations_;
@@ -98,11 +103,11 @@ class Workspace {
 // Computes call.parts.
 template <typename Pool>
 void matmul(const Matmul& call, const MatmulKernels& kernels, Pool& pool) {
-  static std::atomic<int64_t> calls{0};
-  const int64_t number = calls.fetch_add(1, std::memory_order_relaxed);
+  const int64_t number = Workspace::next_call();
   const Blocks blocks(call, pool.count());
   pool.run(blocks.count(), [&](int64_t i) {
     const Block block = blocks.at(i);
+    if (block.panel_begin == block.panel_end) return;
     Workspace& workspace = Workspace::of_thread();
     const Activations& rows = workspace.rows(call, number, block, kernels);
     kernels.block(call, rows, block, workspace.floats(block_floats(call, blocks.height())));
