@@ -103,7 +103,7 @@ extern const MatmulKernels kMatmulGeneric, kMatmulAvx2, kMatmulAvx512, kMatmulAv
 constexpr int64_t kMostTilePanels = 4;
 constexpr int64_t kWidenedRows = 128;  // of W, made float32 at a time
 
-DISTAFF_INLINE int64_t prepare_floats(const Matmul& call) { return round_up(call.weight.padded_rows(), kLanes); }
+DISTAFF_INLINE int64_t prepare_floats(const Matmul& call) { return round_up(call.weight.padded_rows(), 2 * kLanes); }
 DISTAFF_INLINE int64_t block_floats(const Matmul& call, int64_t rows) {
   return (rows + (call.widens() ? kWidenedRows : 0)) * kMostTilePanels * kLanes;
 }

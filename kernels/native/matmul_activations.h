@@ -65,38 +65,40 @@ void normalised_row(const Matmul& call, int64_t row, float* to) {
   }
 }
 
-// int8 of `groups` (at most 16) times `size` floats, each group by its largest; `to`, scales and sums are those of the
-// first.
+// int8 of `groups` (at most 16) times `size` floats (a multiple of 32), each group by its largest; `to`, scales, sums and
+// shifts are those of the first.
 void quantise(const float* from, int64_t groups, int64_t size, int32_t zero, int8_t* to, float* scales, float* sums,
               int32_t* shifts) {
   Simd::F each[kLanes];
-  for (Simd::F& vector : each) vector = Simd::zero();
+  for (int64_t g = groups; g < kLanes; ++g) each[g] = Simd::zero();
+  const auto size_at = [from](int64_t k) { return Simd::abs(Simd::load(from + k)); };
   for (int64_t g = 0, k = 0; g < groups; ++g) {
     Simd::F largest = Simd::zero();
-    for (const int64_t end = k + size; k < end; k += kLanes) largest = Simd::max(largest, Simd::abs(Simd::load(from + k)));
+    for (const int64_t end = k + size; k < end; k += 2 * kLanes) {
+      largest = Simd::max(largest, Simd::max(size_at(k), size_at(k + kLanes)));
+    }
     each[g] = largest;
   }
-  alignas(64) float inverses[kLanes], all_scales[kLanes], all_sums[kLanes];
-  const Simd::F largest = Simd::largest_each(each), most = Simd::all(127.0f);
-  Simd::store(all_scales, Simd::div(largest, most));
-  // Of nothing but zeros, anything finite.
-  Simd::store(inverses, Simd::div(most, Simd::max(largest, Simd::all(1e-36f))));
+  const Simd::F largest = Simd::largest_each(each), most = Simd::all(127.0f), scale = Simd::div(largest, most);
+  alignas(64) float inverses[kLanes], counts[kLanes];
+  Simd::store(inverses, Simd::div(most, Simd::max(largest, Simd::all(1e-36f))));  // of zeros only, anything finite
   for (int64_t g = 0, k = 0; g < groups; ++g) {
     const Simd::F inverse = Simd::all(inverses[g]);
     Simd::I sum = Simd::int_zero();
-    for (const int64_t end = k + size; k < end; k += kLanes) {
-      const Simd::I q = Simd::nearest(Simd::mul(Simd::load(from + k), inverse));
-      Simd::store_int8(to + k, q);
-      sum = Simd::int_add(sum, q);
+    for (const int64_t end = k + size; k < end; k += 2 * kLanes) {
+      const Simd::I a = Simd::nearest(Simd::mul(Simd::load(from + k), inverse));
+      const Simd::I b = Simd::nearest(Simd::mul(Simd::load(from + k + kLanes), inverse));
+      Simd::store_int8(to + k, a);
+      Simd::store_int8(to + k + kLanes, b);
+      sum = Simd::int_add(sum, Simd::int_add(a, b));
     }
     each[g] = Simd::to_float(sum);  // whole numbers below 2^24
   }
-  Simd::store(all_sums, Simd::sum_each(each));
-  for (int64_t g = 0; g < groups; ++g) {
-    scales[g] = all_scales[g];
-    sums[g] = all_scales[g] * all_sums[g];
-    shifts[g] = -zero * static_cast<int32_t>(all_sums[g]);
-  }
+  const Simd::F count = Simd::sum_each(each);
+  Simd::store(counts, count);
+  Simd::store_first(scales, scale, groups);
+  Simd::store_first(sums, Simd::mul(scale, count), groups);
+  for (int64_t g = 0; g < groups; ++g) shifts[g] = -zero * static_cast<int32_t>(counts[g]);
 }
 
 void prepare(const Matmul& call, int64_t row_begin, int64_t row_end, const Activations& to, float* scratch) {
@@ -106,7 +108,11 @@ void prepare(const Matmul& call, int64_t row_begin, int64_t row_end, const Activ
     const int64_t at = row - row_begin;
     uint8_t* values = to.values + at * to.stride;
     float* x = call.x_as == Activations::Kind::kFloat32 ? reinterpret_cast<float*>(values) : scratch;
-    call.x_is_bf16 ? normalised_row<uint16_t>(call, row, x) : normalised_row<float>(call, row, x);
+    if (call.x_is_bf16) {
+      normalised_row<uint16_t>(call, row, x);
+    } else {
+      normalised_row<float>(call, row, x);
+    }
     if (call.x_as == Activations::Kind::kBfloat16) {
       auto* bf16 = reinterpret_cast<uint16_t*>(values);
       for (int64_t k = 0; k < floats; k += kLanes) Simd::store(bf16 + k, Simd::load(x + k));
