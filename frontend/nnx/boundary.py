@@ -10,12 +10,12 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
 
-from distaff.frontend.nnx.graphdef import Build, Spec
+from distaff.frontend.nnx.graphdef import ArrayRefOutput, Build, Spec, as_ref
 from distaff.frontend.nnx.object_trees import WHOLE, Layout, Taken, count_objects, put_tree, take_tree
 from distaff.frontend.nnx.prefix_mapping import PrefixMapping, check_aliases, object_prefixes
 from distaff.frontend.nnx.structure import ItemCell, Structure, Walk, structure_of
@@ -252,10 +252,11 @@ class Inside:
             self._check_no_alias(out)
             walk = Walk()
         taken, pure_out, out_specs, out_leaves = _take_out(out, walk, out_prefix)
-        values = [_returned(cells[i], structure_updates) for i in changed]
+        refs = {id(value) for value in self._values if is_array_ref(value)}
+        values = [_returned(cells[i], structure_updates, refs) for i in changed]
         updates = self.signature.updates_tree(leaves.pack(values)) if whole else values
         metadata = () if structure_updates else self._changed_metadata()
-        variables_only = all(isinstance(cells[i], Variable) for i in changed)
+        variables_only = all(isinstance(cells[i], Variable) and not is_array_ref(cells[i]._raw_value) for i in changed)
         plan = Plan(
             taken.layout, out_specs, out_leaves, tuple(changed), variables_only, leaves, whole, metadata, specs, known
         )
@@ -307,10 +308,22 @@ class Inside:
             seen.update(map(id, walk.cells))
 
 
-def _returned(cell: Any, arrays_too: bool) -> Any:
-    """A value as a transform may return it; None if it is not assigned, as mutable arrays changed in place."""
+def _returned(cell: Any, arrays_too: bool, refs: Set[int]) -> Any:
+    """A value as a transform may return it; None if it is not assigned, as mutable arrays changed in place.
+
+    Args:
+        cell: what holds it.
+        arrays_too: whether others than variables are assigned.
+        refs: the ids of the mutable arrays that were given; others are new.
+    """
     value = cell._raw_value
-    return None if is_array_ref(value) or not (arrays_too or isinstance(cell, Variable)) else value
+    if id(value) in refs or not (arrays_too or isinstance(cell, Variable)):
+        return None
+    return _pure(value)
+
+
+def _pure(value: Any) -> Any:
+    return ArrayRefOutput(value[...]) if is_array_ref(value) else value
 
 
 def _take_out(out: Any, walk: Walk, prefix: Any) -> tuple[Taken, Any, tuple[Spec, ...], Leaves]:
@@ -322,7 +335,7 @@ def _take_out(out: Any, walk: Walk, prefix: Any) -> tuple[Taken, Any, tuple[Spec
     prefixes = None if prefix is None else object_prefixes([taken], [prefix])
     cells = walk.cells[known[0] :]
     leaves = _leaves(specs, cells, [(start - known[0], end - known[0]) for start, end in spans], prefixes)
-    packed = leaves.pack([cell._raw_value for cell in cells])
+    packed = leaves.pack([_pure(cell._raw_value) for cell in cells])
     return taken, put_tree(taken.leaves, taken.layout, packed), specs, leaves
 
 
@@ -382,7 +395,7 @@ class Plan(NamedTuple):
         else:
             for cell, value in zip(targets, updates, strict=True):
                 if value is not None:
-                    cell.write(value)
+                    cell.write(as_ref(value))
         for i, metadata in self.metadata:
             variable: Any = structure.cells[i]
             variable.set_metadata(metadata)

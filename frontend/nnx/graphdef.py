@@ -13,7 +13,7 @@ import numpy as np
 from distaff.frontend.nnx import config
 from distaff.frontend.nnx.filters import PathParts
 from distaff.frontend.nnx.pytrees import STATUSES, empty_node
-from distaff.frontend.nnx.state import State, iter_flat, raw_dict
+from distaff.frontend.nnx.state import State, iter_flat, key_order, raw_dict
 from distaff.frontend.nnx.variables import _NO_METADATA, Variable
 
 Node = TypeVar("Node")
@@ -105,9 +105,9 @@ LEAF = Leaf()
 
 
 class VariableDef(NamedTuple):
-    """A variable, at its first occurrence."""
+    """A variable or mutable array, at its first occurrence."""
 
-    type: type[Variable[Any]]
+    type: type[Any]
     number: int
     metadata: Constant
 
@@ -137,6 +137,21 @@ class TreeNodeDef(NamedTuple):
 
     path_index: tuple[tuple[PathParts, int], ...]
 
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRefOutput:
+    """The value of a mutable array that was made inside a transform, which cannot come out itself; a pytree node."""
+
+    value: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class NoUpdate:
+    """In the place of a mutable array that was given to a transform: it changed in place. A pytree without leaves."""
+
+
+jax.tree_util.register_dataclass(ArrayRefOutput, ["value"], [])
+jax.tree_util.register_static(NoUpdate)
 
 Spec = NodeDef | VariableDef | NodeRef | Constant | Leaf
 NO_METADATA = Constant({})
@@ -188,7 +203,8 @@ class GraphDef(Generic[Node]):
     def nodes(self) -> list[Any]:
         """The definitions of nodes, containers and variables, and references to them, in order; of a tree, one."""
         if not self.graph:
-            return [TreeNodeDef(tuple((path, i) for i, path in enumerate(self.paths)))]
+            numbered = ((path, i) for i, path in enumerate(self.paths))
+            return [TreeNodeDef(tuple(sorted(numbered, key=lambda pair: [key_order(key) for key in pair[0]])))]
         return [spec for _, spec in iter_specs(self.root) if isinstance(spec, NodeDef | VariableDef | NodeRef)]
 
     @property
@@ -220,6 +236,7 @@ class GraphDef(Generic[Node]):
 
 
 jax.tree_util.register_static(GraphDef)
+PureState = tuple[GraphDef[Node], State]
 
 
 def iter_specs(spec: Spec, path: PathParts = ()) -> Iterator[tuple[PathParts, Spec]]:
@@ -241,13 +258,19 @@ def make_container(cls: type[Any], keys: Sequence[Any], children: Sequence[Any],
     return cls(children)
 
 
+def as_ref(value: Any) -> Any:
+    """The mutable array of an ``ArrayRefOutput``; other values as they are."""
+    return jax.new_ref(value.value) if isinstance(value, ArrayRefOutput) else value
+
+
 class Build:
     """Makes objects of definitions and leaves.
 
     Args:
         leaves: variables or values, in the order of the definitions.
         copy: make new variables of those given.
-        recreate: make new variables of those that belong to another JAX transform than the one that runs.
+        recreate: make new variables of those that belong to another JAX transform than the one that runs, and of values
+            that are none.
         existing: objects by index to fill again instead of making new ones.
     """
 
@@ -302,15 +325,23 @@ class Build:
         return node
 
     def _variable(self, spec: VariableDef) -> Any:
-        value = next(self._leaves)
+        value = as_ref(next(self._leaves))
         existing = self._existing.get(spec.number)
-        if existing is not None:
+        variable: Any
+        if spec.type is jax.Ref:
+            variable = value if existing is None else existing
+        elif existing is not None:
             variable = existing
-            if value is not None:  # as for mutable arrays, which changed in place
-                existing.write(value._raw_value if isinstance(value, Variable) else value)
+            raw = as_ref(value._raw_value) if isinstance(value, Variable) else value
+            if raw is not None and not isinstance(raw, NoUpdate):  # mutable arrays changed in place
+                existing.write(raw)
             object.__setattr__(existing, "_var_metadata", spec.metadata.value)
+        elif not isinstance(value, Variable) and not self._recreate:
+            variable = value
         elif not isinstance(value, Variable):
             variable = spec.type.from_metadata(value, spec.metadata.value or _NO_METADATA)
+        elif isinstance(value._raw_value, ArrayRefOutput):
+            variable = value.copy(as_ref(value._raw_value))
         elif self._copy or (self._recreate and not value._can_update):
             variable = value.copy()
         else:

@@ -198,7 +198,7 @@ class Pytree(metaclass=PytreeMeta):
             if found:
                 kinds = ", ".join(sorted({type(x).__name__ for x in found}))
                 raise ValueError(
-                    f"Found data on value of type {type(value)} assigned to static attribute {name!r} of Pytree type "
+                    f"Found unexpected data on value of type {type(value)} assigned to static attribute {name!r} of Pytree type "
                     f"{type(self)}: it holds {kinds}. If the attribute is meant to be data, assign "
                     f"`self.{name} = nnx.data(...)`, use nnx.List or nnx.Dict, or declare `{name}: nnx.Data[...]` in "
                     f"the class; or make the class no pytree: `class {type(self).__name__}(..., pytree=False)`."
@@ -289,6 +289,10 @@ def is_data_attribute(node: Pytree, name: str, value: Any) -> bool:
 
 
 def _split_attributes(node: Pytree) -> tuple[list[str], list[Any], tuple[Any, ...]]:
+    """The names and values of data, and what is static: those names, the constants, and which of these look like data.
+
+    Which data does not look like data is seen again when the object is made anew.
+    """
     names: list[str] = []
     children: list[Any] = []
     constants: list[tuple[str, Any]] = []
@@ -299,8 +303,9 @@ def _split_attributes(node: Pytree) -> tuple[list[str], list[Any], tuple[Any, ..
             children.append(value)
         else:
             constants.append((name, value))
-    own = node.__dict__.get(STATUSES)
-    return names, children, (tuple(names), tuple(constants), tuple(own.items()) if own else ())
+    own = node.__dict__.get(STATUSES, {})
+    static = tuple(name for name, _ in constants if own.get(name) is False)
+    return names, children, (tuple(names), tuple(constants), static)
 
 
 def _register(cls: type[Pytree]) -> None:
@@ -317,9 +322,12 @@ def _register(cls: type[Pytree]) -> None:
         return list(zip(paths, children, strict=True)), constants
 
     def unflatten(constants: Any, children: Iterable[Any]) -> Pytree:
-        names, values, statuses = constants
-        own = {STATUSES: dict(statuses)} if statuses else {}
-        made: Pytree = empty_node(cls, {**own, **dict(values), **dict(zip(names, children, strict=True))})
+        names, values, static = constants
+        data = dict(zip(names, children, strict=True))
+        known = cls._pytree__nodes
+        marked = {name: True for name, x in data.items() if not (known.get(name) or is_data_value(x))}
+        own = {**known, **marked, **dict.fromkeys(static, False)} if marked or static else None
+        made: Pytree = empty_node(cls, {**({STATUSES: own} if own else {}), **dict(values), **data})
         return made
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)

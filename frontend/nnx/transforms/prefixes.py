@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from distaff.frontend.nnx.filters import Filter, PathIn, PathParts, filters_to_predicates
+from distaff.frontend.nnx.filters import Filter, PathIn, PathParts
 from distaff.frontend.nnx.kinds import Kind, kind_of
 from distaff.frontend.nnx.object_trees import is_object
 from distaff.frontend.nnx.prefix_mapping import PrefixMapping, is_object_or_prefix
@@ -96,7 +96,7 @@ def prefix(
         if not is_object(x):
             return value_of(above, x)
         variables = iter_flat(x) if isinstance(x, State) else iter_graph(x, graph=True)
-        leaves = ((p, v) for p, v in variables if isinstance(v, Variable) or kind_of(v) is Kind.DATA)
+        leaves = ((p, v) for p, v in variables if isinstance(v, Variable) or kind_of(v) in (Kind.DATA, Kind.REF))
         return _ByPath((p, value_of((*above, *p), v)) for p, v in leaves)
 
     return jax.tree_util.tree_map_with_path(specify, node, is_leaf=is_object)
@@ -167,18 +167,9 @@ def cell_values(structure: Structure, specifications: Sequence[Any]) -> list[Any
             found += [value] * (end - start)
             continue
         cells = structure.cells[start:end]
-        rules = list(zip(filters_to_predicates(value.filters), value.values, strict=True))
         for path, cell in zip(paths_of(spec), cells, strict=True):
-            x = cell if isinstance(cell, Variable) else cell._raw_value
-            found.append(_first_match(rules, path, x, value))
+            found.append(value.map_prefix(path, cell if isinstance(cell, Variable) else cell._raw_value))
     return found
-
-
-def _first_match(rules: Sequence[tuple[Any, Any]], path: PathParts, x: Any, mapping: PrefixMapping) -> Any:
-    for matches, value in rules:
-        if matches(path, x):
-            return value
-    return mapping.map_prefix(path, x)  # whose error says so
 
 
 def leaf_values(
