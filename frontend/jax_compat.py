@@ -50,6 +50,11 @@ def is_mapped(x: Any) -> bool:
     return isinstance(x, _batching.BatchTracer) and x.batch_dim is not None and made_by_current_trace(x)
 
 
+def mapped_axis(x: Any) -> int:
+    """Which axis of the whole value is that of the rows, of what ``is_mapped``."""
+    return x.batch_dim  # type: ignore[no-any-return]
+
+
 def row_type(x: Any) -> Any:
     """The abstract value of ``x[0]``."""
     aval = jax.typeof(x)

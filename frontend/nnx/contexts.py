@@ -177,7 +177,7 @@ def merge_context(ctxtag: Hashable | None = None, inner: bool | None = None) -> 
 class NodeStates(struct.PyTreeNode):
     """An object in a tree of JAX: its definition, static, and its states."""
 
-    _graphdef: GraphDef[Any] | None = struct.field(pytree_node=False)
+    _graphdef: GraphDef[Any] | None
     states: tuple[Any, ...]
     metadata: Any = struct.field(pytree_node=False, default=None)
 
@@ -237,6 +237,7 @@ def _split_object(context: SplitContext, path: Any, prefix: Any, leaf: Any) -> N
 
 def _map_with_prefix(f: Callable[[Any, Any, Any], Any], tree: Any, prefix: Any, is_leaf: Callable[[Any], bool]) -> Any:
     """The tree of ``f(key path, what the prefix has there, leaf)``."""
+    treedef: Any
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     given = [prefix] * len(leaves)
     if prefix is not MISSING and prefix is not None:

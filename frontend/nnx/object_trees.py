@@ -1,4 +1,4 @@
-"""Where objects (nodes, variables, mutable arrays, states) stand in a tree, and trees with something else in their place."""
+"""Where objects (nodes, variables, mutable arrays, states) stand in a tree, and trees with something else there."""
 
 from __future__ import annotations
 

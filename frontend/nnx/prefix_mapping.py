@@ -168,8 +168,8 @@ def _alias_message(variable: Any, *places: tuple[PathParts, Any]) -> str:
     made = f" (made{describe_origin(variable._origin)})" if is_variable and variable._origin else ""
     lines = "".join(f"\n  {_dotted(path)}: {prefix}" for path, prefix in places)
     return (
-        f"Inconsistent aliasing detected. The following nodes have different prefixes: one {kind}{made} stands at these "
-        f"places; give both the same prefix, or pass it once.{lines}"
+        f"Inconsistent aliasing detected. The following nodes have different prefixes: one {kind}{made} stands at the "
+        f"places below; give both the same prefix, or pass it once.{lines}"
     )
 
 

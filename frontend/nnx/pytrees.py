@@ -186,29 +186,34 @@ class Pytree(metaclass=PytreeMeta):
             attributes[STATUSES] = {**known, name: is_data}
         attributes[name] = value
 
-    def _check_static(self, name: str, value: Any) -> None:
+    def _check_static(self, name: str, value: Any, found_data: str = "Found data") -> None:
         kind = kind_of(value)
-        if kind <= Kind.DATA:
+        if kind <= Kind.DATA and name not in self._pytree__nodes:
             raise ValueError(
                 f"Cannot assign data value of type {type(value)} to static attribute {name!r} of Pytree type "
                 f"{type(self)}. To make the attribute data, assign it as `self.{name} = nnx.data(...)`."
             )
-        if kind is Kind.CONTAINER:
-            found = has_data(value)
-            if found:
-                kinds = ", ".join(sorted({type(x).__name__ for x in found}))
-                raise ValueError(
-                    f"Found unexpected data on value of type {type(value)} assigned to static attribute {name!r} of Pytree type "
-                    f"{type(self)}: it holds {kinds}. If the attribute is meant to be data, assign "
-                    f"`self.{name} = nnx.data(...)`, use nnx.List or nnx.Dict, or declare `{name}: nnx.Data[...]` in "
-                    f"the class; or make the class no pytree: `class {type(self).__name__}(..., pytree=False)`."
-                )
+        found = has_data(value)
+        if found:
+            if name in type(self)._pytree__nodes:  # the class says that it is static
+                found_data = "Found unexpected data"
+            kinds = ", ".join(sorted({type(x).__name__ for x in found}))
+            raise ValueError(
+                f"{found_data} on value of type {type(value)} in static attribute {name!r} of Pytree type "
+                f"{type(self)}: it holds {kinds}. If the attribute is meant to be data, assign `self.{name} = "
+                f"nnx.data(...)`, use nnx.List or nnx.Dict, or declare `{name}: nnx.Data[...]` in the class; or make "
+                f"the class no pytree: `class {type(self).__name__}(..., pytree=False)`."
+            )
 
     def __delattr__(self, name: str) -> None:
         self._check_valid_context()
         object.__delattr__(self, name)
         if name in self.__dict__.get(STATUSES, ()):
             self.__dict__[STATUSES] = {key: value for key, value in self._pytree__nodes.items() if key != name}
+
+    @property
+    def _can_update(self) -> bool:
+        return self._pytree__trace is running_trace()
 
     def _check_valid_context(self) -> None:
         if self._pytree__trace is not running_trace():
@@ -263,7 +268,7 @@ def check_pytree(pytree: Any) -> None:
     statuses = pytree._pytree__nodes
     for name, value in pytree.__dict__.items():
         if (name not in statuses and type(value) in (list, dict)) or statuses.get(name) is False:
-            pytree._check_static(name, value)
+            pytree._check_static(name, value, "Found unexpected data")
 
 
 def external_key(name: str) -> str | int:

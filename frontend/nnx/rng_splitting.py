@@ -196,13 +196,14 @@ def with_rngs(
         node: what holds the streams. Left out, the result decorates a function, which then gets copies of its
             arguments.
         split: which streams to divide into arrays of keys: a number or shape for all, or a mapping of filters to those.
-        fork: which of the others get a new key.
+        fork: which others get a new key.
         broadcast: as ``split``, for arrays of one key.
         only: leave all streams but these.
         graph, graph_updates: one of them must be False, as nothing changes in place.
 
     Raises:
         NotImplementedError: in graph mode with updates.
+        ValueError: two of ``split``, ``broadcast`` and ``fork`` match a stream.
     """
     if _in_place(graph, graph_updates):
         raise NotImplementedError(
@@ -216,11 +217,18 @@ def with_rngs(
     def rule(path: Path, stream: RngStream) -> RngStream | None:
         if not matches(path, stream):
             return None
-        if (shape := split_shape(path, stream)[1]) is not None:
-            return stream.split(shape)
-        if (shape := broadcast_shape(path, stream)[1]) is not None:
-            return stream.broadcast(shape)
-        return stream.fork() if forks(path, stream) else None
+        parts, copies = split_shape(path, stream)[1], broadcast_shape(path, stream)[1]
+        forked = bool(forks(path, stream))
+        if (parts is not None) + (copies is not None) + forked > 1:
+            raise ValueError(
+                f"The stream at {path} matches multiple rules of with_rngs: only one of split, broadcast and fork can "
+                "be for a stream."
+            )
+        if parts is not None:
+            return stream.split(parts)
+        if copies is not None:
+            return stream.broadcast(copies)
+        return stream.fork() if forked else None
 
     return _apply(node, rule, graph, graph_updates)
 

@@ -122,9 +122,9 @@ def paths_to(x: Any, roots: Sequence[Any]) -> list[PathParts]:
 def duplicate_message(x: Any, paths: Sequence[PathParts]) -> str:
     """What is wrong with an object that stands at several places, in tree mode."""
     return (
-        f"Duplicate {type(x).__name__} found at paths: {', '.join(map(str, paths))}. In tree mode (graph=False) a "
-        "variable may stand at one place only, and no node inside itself. Remove the duplicate, make a copy with "
-        "nnx.clone(), or use graph mode: graph=True, or nnx.set_graph_mode(True)."
+        f"Duplicate {type(x).__name__} found at paths: {', '.join(map(str, paths))}. Tree mode (graph=False) does not "
+        "support shared references: a variable may stand at one place only, and no node inside itself. Remove the "
+        "duplicate, make a copy with nnx.clone(), or use graph mode: graph=True, or nnx.set_graph_mode(True)."
     )
 
 

@@ -8,6 +8,7 @@ outer ones afterwards.
 from __future__ import annotations
 
 import collections
+import copy as copying
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -83,14 +84,14 @@ class Variable(Generic[A]):
             )
         _set_trace(self, running_trace())
         _set_origin(self, find_origin())
-        eager = config.use_eager_sharding.current_value() if eager_sharding is None else eager_sharding
+        eager = config.current("eager_sharding") if eager_sharding is None else eager_sharding
         if not eager:
             metadata["eager_sharding"] = False
         _set_metadata(self, _with_current_names(metadata) if metadata else _NO_METADATA)
         raw = self.create_value(value) if metadata or self._class_hooks else value
         if eager and metadata:
             raw = self._laid_out(raw)
-        if config.var_defaults().ref if ref is None else ref:
+        if config.current("ref") if ref is None else ref:
             raw = raw if isinstance(raw, jax.Ref) else jax.new_ref(raw)
         _set_raw(self, raw)
 
@@ -286,8 +287,12 @@ class Variable(Generic[A]):
             _set_raw(self, value)
         elif isinstance(raw, jax.Array):
             _set_raw(self, _with_part(raw, index, value))
-        else:
+        elif isinstance(raw, np.ndarray):
             raw[index] = value
+        else:  # a changed copy of a dict or the like, so that it can be seen that it changed
+            changed: Any = copying.copy(raw)
+            changed[index] = value
+            _set_raw(self, changed)
 
     value = property(lambda self: self.get_value(), lambda self, value: self.set_value(value))
 
@@ -377,8 +382,10 @@ class Variable(Generic[A]):
             self.set_value(value, index=key)
 
     def __delitem__(self, key: Any) -> None:
-        value: Any = self.get_value()
-        del value[key]
+        self._check_can_update()
+        changed: Any = copying.copy(self._raw_value)
+        del changed[key]
+        _set_raw(self, changed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the value."""

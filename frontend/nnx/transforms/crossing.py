@@ -20,7 +20,7 @@ from distaff.frontend.nnx.object_trees import is_object
 from distaff.frontend.nnx.origin import Origin, describe_origin
 from distaff.frontend.nnx.prefix_mapping import check_aliases
 from distaff.frontend.nnx.structure import Structure, paths_of
-from distaff.frontend.nnx.transforms.prefixes import by_object, cell_values, check_no_mapping, leaf_values, spread
+from distaff.frontend.nnx.transforms.prefixes import by_object, cell_values, leaf_values, spread
 from distaff.frontend.nnx.variables import Variable
 
 _NONE: Any = object()
@@ -114,8 +114,6 @@ class Entry:
         self.updates = updates
         if specifications is None:
             specifications = [None] * len(trees)
-        elif not updates:
-            check_no_mapping(specifications, name, transform)
         pairs = spread(tuple(map(by_object, specifications)), tuple(trees), name)
         self._object_values = [value for value, leaf in pairs if is_object(leaf)]
         self.outside = take(trees, graph)
@@ -182,8 +180,6 @@ class Entry:
             also: cells whose values are to be among the updates even if they did not change.
             prepare: called with each variable or array of objects, and what the specification says of it, before.
         """
-        if not self.updates:
-            check_no_mapping(specification, name, self.transform)
         pairs = spread(None if specification is _NONE else by_object(specification), out, name)
         given = inside.objects if self.updates else []
         returned = [leaf for _, leaf in pairs if is_object(leaf)]

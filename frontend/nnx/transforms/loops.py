@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -23,8 +22,8 @@ from distaff.frontend.nnx.transforms.carry import (
 )
 from distaff.frontend.nnx.transforms.compilation import check_not_bound, updates_mode
 from distaff.frontend.nnx.transforms.crossing import Entry, Exit
-from distaff.frontend.nnx.transforms.mapping import check_sizes, group, namer, per_argument, remove_names
-from distaff.frontend.nnx.transforms.prefixes import values_of
+from distaff.frontend.nnx.transforms.mapping import check_sizes, group, namer, per_argument, positional, remove_names
+from distaff.frontend.nnx.transforms.prefixes import check_prefix, values_of
 from distaff.frontend.nnx.variables import Variable
 
 T = TypeVar("T")
@@ -35,13 +34,17 @@ def _is_carry(axis: Any) -> bool:
     return axis is Carry
 
 
+def _entries(axes: Any) -> tuple[Any, ...]:
+    return axes if isinstance(axes, tuple) else (axes,)
+
+
 def _find_carry(axes: Any, name: str) -> int | None:
     """Which of the arguments (or results) is the carry.
 
     Raises:
         ValueError: there are several, or one within an argument.
     """
-    entries = axes if isinstance(axes, tuple) else (axes,)
+    entries = _entries(axes)
     found = [i for i, axis in enumerate(entries) if axis is Carry]
     if len(found) > 1:
         raise ValueError(f"Found multiple Carry definitions in {name} of nnx.scan, at {found}; carry a tuple instead.")
@@ -59,12 +62,14 @@ def _find_carry(axes: Any, name: str) -> int | None:
 def _check_axes(in_axes: Any, out_axes: Any) -> None:
     if (_find_carry(in_axes, "in_axes") is None) != (_find_carry(out_axes, "out_axes") is None):
         raise ValueError(
-            "If one of in_axes or out_axes of nnx.scan has Carry, the other must have it too; got "
+            "If one of in_axes or out_axes has Carry, the other must also have Carry; nnx.scan got "
             f"in_axes={in_axes}, out_axes={out_axes}."
         )
     if None in values_of(out_axes):
+        entry = next((x for x in _entries(out_axes) if None in values_of(x)), None)
         raise ValueError(
-            f"Cannot broadcast an output of nnx.scan: out_axes={out_axes} has None. Give it an axis, or carry it."
+            f"Cannot broadcast output state. Got {entry} in out_axes={out_axes} of nnx.scan: give it an axis, or carry "
+            "it."
         )
 
 
@@ -102,7 +107,7 @@ class _Step:
         if self._carry_in is None:
             return inside, out, trees
         carry, out = self._split_carry(out)
-        check_same_objects("scan", trees[self._carry_in], carry)
+        check_same_objects("scan", trees[self._carry_in], carry, self.entry.updates)
         return inside, out, [*trees[: self._carry_in], carry, *trees[self._carry_in + 1 :]]
 
     def _split_carry(self, out: Any) -> tuple[Any, Any]:
@@ -130,7 +135,7 @@ class _Step:
         inside, out, after = self._run(leaves)
         made, exit = entry.leave(inside, out, self._out_axes, prepare=namer(self._metadata))
         check_same_structure(entry, inside, _is_carry)
-        now = arrays_now(entry, inside, after)
+        now = arrays_now(entry, inside, after, _is_carry)
         carry = [x for x, axis in zip(now, entry.values, strict=True) if axis is Carry]
         labels = [label for label, axis in zip(entry.leaf_labels, entry.values, strict=True) if axis is Carry]
         check_same_types(entry, carried, carry, labels)
@@ -205,12 +210,17 @@ def scan(
     _check_axes(in_axes, out_axes)
     follow = graph_mode(graph)
     updates, metadata = updates_mode(follow, graph_updates), dict(transform_metadata or {})
+    check_prefix(in_axes, "in_axes", "scan", updates)
+    check_prefix(out_axes, "out_axes", "scan", updates)
 
     @functools.wraps(f)
     def scanned(*args: Any, **kwargs: Any) -> Any:
-        if isinstance(in_axes, tuple) and len(in_axes) > len(args) and kwargs:
-            bound = inspect.signature(f).bind(*args, **kwargs)
-            args, kwargs = bound.args, bound.kwargs
+        args, kwargs = positional(f, in_axes, args, kwargs)
+        if in_axes is Carry and len(args) != 1:
+            raise ValueError(
+                "When in_axes=Carry, the function must take exactly one argument, which nnx.scan carries; got "
+                f"{len(args)}. Pass in_axes=(nnx.Carry, ...) with an entry for each."
+            )
         axes = (*per_argument(in_axes, len(args), "in_axes", "scan"), 0)
         entry = Entry("scan", (*args, kwargs), follow, updates, axes)
         check_sizes(entry, length)
@@ -308,7 +318,7 @@ class _Body:
         inside = entry.enter(leaves)
         (value,) = inside.trees
         returned = self._fn(*index, value)
-        check_same_objects(entry.transform, value, returned)
+        check_same_objects(entry.transform, value, returned, entry.updates)
         check_same_structure(entry, inside)
         after = arrays_now(entry, inside, [returned])
         check_same_types(entry, leaves, after, entry.leaf_labels)
