@@ -232,8 +232,8 @@ class Inside:
             ``(updates, out, static)``: the first two are trees of arrays, the last is to be passed out as it is.
 
         Raises:
-            ValueError: an object of another trace is returned; without ``structure_updates``, a variable that was given,
-            or (in tree mode) one twice.
+            ValueError: an object of another trace is returned; without ``structure_updates``, a variable that was
+                given, or (in tree mode) one twice.
         """
         walk = Walk()
         spans = walk.visit_all(self.objects)
@@ -307,11 +307,11 @@ class Inside:
             for y in walk.objects:
                 if isinstance(y, Variable) and not structure_updates and id(y) in given | returned:
                     raise ValueError(
-                        f"Duplicate {type(y).__name__}: it is returned, and was given or is returned twice, but without "
-                        "graph updates a transform does not support Variable aliasing. Return a copy (nnx.clone), or "
-                        "pass graph=True and graph_updates=True to the transform."
+                        f"Duplicate {type(y).__name__}: it is returned, and was given or is returned twice, but "
+                        "without graph updates a transform does not support Variable aliasing. Return a copy "
+                        "(nnx.clone), or pass graph=True and graph_updates=True to the transform."
                     )
-                if isinstance(y, Variable | Pytree) and not y._can_update:
+                if (isinstance(y, Variable) or (structure_updates and isinstance(y, Pytree))) and not y._can_update:
                     raise ValueError(_captured_message(y, structure_updates))
             if not self.signature.graph:
                 returned.update(map(id, walk.objects))
@@ -321,12 +321,12 @@ def _captured_message(x: Any, structure_updates: bool) -> str:
     found = (
         f"Cannot extract graph node from different trace level, a {type(x).__name__}"
         if structure_updates
-        else f"Cannot return captured {'Variable' if isinstance(x, Variable) else 'object'}, a {type(x).__name__}"
+        else f"Cannot return captured Variable, a {type(x).__name__}"
     )
     made = describe_origin(x._origin) if isinstance(x, Variable) else ""
     return (
-        f"{found} that was made{made} outside of the function that returns it. Pass it to the function as an argument, or "
-        "return a copy (nnx.clone)."
+        f"{found} that was made{made} outside of the function that returns it. Pass it to the function as an argument, "
+        "or return a copy (nnx.clone)."
     )
 
 
@@ -440,10 +440,10 @@ def _numbered(outside: Outside) -> list[Any]:
 
 
 class Static:
-    """A pytree without leaves that carries a ``Plan`` out of a trace; equal to itself alone."""
+    """A pytree without leaves that carries a value out of a trace; equal to itself alone."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 jax.tree_util.register_static(Static)

@@ -195,7 +195,7 @@ class Pytree(metaclass=PytreeMeta):
             )
         found = has_data(value)
         if found:
-            if name in type(self)._pytree__nodes:  # the class says that it is static
+            if kind is not Kind.CONTAINER:
                 found_data = "Found unexpected data"
             kinds = ", ".join(sorted({type(x).__name__ for x in found}))
             raise ValueError(
@@ -271,6 +271,15 @@ def check_pytree(pytree: Any) -> None:
             pytree._check_static(name, value, "Found unexpected data")
 
 
+def mark_data(node: Pytree, names: Iterable[str], static: Iterable[str] = ()) -> None:
+    """Have attributes be data whatever they look like, as far as the class does not say so; and others static."""
+    known = node._pytree__nodes
+    marked = {name: True for name in names if not (known.get(name) or is_data_value(node.__dict__[name]))}
+    marked.update(dict.fromkeys(static, False))
+    if marked:
+        node.__dict__[STATUSES] = {**known, **marked}
+
+
 def external_key(name: str) -> str | int:
     """An attribute's name as it stands in paths: ``"0"`` as 0, as lists have them."""
     return int(name) if name.isdigit() else name
@@ -329,10 +338,8 @@ def _register(cls: type[Pytree]) -> None:
     def unflatten(constants: Any, children: Iterable[Any]) -> Pytree:
         names, values, static = constants
         data = dict(zip(names, children, strict=True))
-        known = cls._pytree__nodes
-        marked = {name: True for name, x in data.items() if not (known.get(name) or is_data_value(x))}
-        own = {**known, **marked, **dict.fromkeys(static, False)} if marked or static else None
-        made: Pytree = empty_node(cls, {**({STATUSES: own} if own else {}), **dict(values), **data})
+        made: Pytree = empty_node(cls, {**dict(values), **data})
+        mark_data(made, names, static)
         return made
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)

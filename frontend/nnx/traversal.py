@@ -8,7 +8,7 @@ from typing import Any
 from distaff.frontend.nnx.filters import Filter, PathParts, to_predicate
 from distaff.frontend.nnx.graphdef import graph_mode, make_container
 from distaff.frontend.nnx.kinds import Kind, kind_of
-from distaff.frontend.nnx.pytrees import Pytree, empty_node, is_data_attribute, sorted_attributes
+from distaff.frontend.nnx.pytrees import Pytree, empty_node, is_data_attribute, mark_data, sorted_attributes
 from distaff.frontend.nnx.structure import container_items, duplicate_message, opaque_message, paths_to
 from distaff.frontend.nnx.variables import Variable
 
@@ -72,16 +72,17 @@ def recursive_map(f: Any, node: Any, /, *, graph: bool | None = None) -> Any:
             raise ValueError(duplicate_message(x, paths_to(x, [node])))
         if kind is Kind.NODE:
             entered.add(id(x))
-        if kind is Kind.NODE:
             fresh = empty_node(type(x), x.__dict__)
             done[id(x)] = x, fresh
-            for key, child in _children(x, graph, path):
-                fresh.__dict__[str(key)] = walk(child, (*path, key))
+            children = _children(x, graph, path)
+            data = [str(key) for key, child in children if is_data_attribute(x, str(key), child)]
+            fresh.__dict__.update({str(key): walk(child, (*path, key)) for key, child in children})
+            mark_data(fresh, data)
             result = f(path, fresh)
         elif kind is Kind.CONTAINER:
             items, treedef = container_items(x)
-            children = [walk(child, (*path, key)) for key, child in items]
-            result = f(path, make_container(type(x), [key for key, _ in items], children, treedef))
+            made = [walk(child, (*path, key)) for key, child in items]
+            result = f(path, make_container(type(x), [key for key, _ in items], made, treedef))
         else:
             result = f(path, x)
         if kind in (Kind.NODE, Kind.VARIABLE):

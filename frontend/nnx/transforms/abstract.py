@@ -35,4 +35,4 @@ def eval_shape(
         return inside.leave(out, structure_updates=updates, whole=False, complete=frozenset(range(len(trees))))
 
     updates, out, static = jax.eval_shape(traced, outside.trees)
-    return static.plan.finish(outside.of_copies(), updates, out)
+    return static.value.finish(outside.of_copies(), updates, out)

@@ -210,8 +210,8 @@ def _value_and_grad(
     if not updates and any(isinstance(entry, DiffState) for entry in jax.tree.leaves(argnums)):
         raise ValueError(
             "`argnums` cannot contain `DiffState` objects when graph=False or graph_updates=False: then "
-            f"nnx.{transform} differentiates by all arrays of the argument. Split the object and differentiate by one part, or pass "
-            "graph=True and graph_updates=True."
+            f"nnx.{transform} differentiates by all arrays of the argument. Split the object and differentiate by one "
+            "part, or pass graph=True and graph_updates=True."
         )
 
     @functools.wraps(f)

@@ -172,7 +172,7 @@ class JitWrapped:
         if self._sharded:
             dynamic, fixed = iter(updates), self._static.among(len(args), sorted(kwargs))
             updates = [None if i in fixed else next(dynamic) for i in range(len(args) + len(kwargs))]
-        return static.plan.finish(outside, updates, out)
+        return static.value.finish(outside, updates, out)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the compiled function; then variables are assigned and changes of structure made."""

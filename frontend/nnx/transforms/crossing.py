@@ -16,6 +16,7 @@ import jax
 
 from distaff.frontend.nnx.boundary import Inside, Outside, Plan, take
 from distaff.frontend.nnx.filters import PathParts
+from distaff.frontend.nnx.graphdef import Build
 from distaff.frontend.nnx.object_trees import is_object
 from distaff.frontend.nnx.origin import Origin, describe_origin
 from distaff.frontend.nnx.prefix_mapping import check_aliases
@@ -144,13 +145,22 @@ class Entry:
         return list(zip(now.cells, cell_values(now, self._object_values), _labels(now), strict=True))
 
     def assign(self, leaves: Sequence[Any], cells: Iterable[int]) -> list[Any]:
-        """Assign arrays of the arguments' structure to some cells of the objects; the arguments with the arrays."""
+        """Assign arrays of the arguments' structure to some cells of the objects; the arguments with the arrays.
+
+        Without updates, nodes are new objects with the same variables, and arrays are assigned to those.
+        """
         own, packed = self.signature.split_trees(self.treedef.unflatten(leaves))
         values = self.signature.leaves.unpack(packed)
+        of_objects = self.outside.structure.cells
         for i in cells:
-            cell: Any = self.outside.structure.cells[i]
-            cell.write(values[i])
-        return self.signature.join_trees(own, self.outside.objects)
+            cell: Any = of_objects[i]
+            if self.updates or isinstance(cell, Variable):
+                cell.write(values[i])
+        if self.updates or all(isinstance(cell, Variable) for cell in of_objects):
+            return self.signature.join_trees(own, self.outside.objects)
+        held = (x if isinstance(x, Variable) else value for x, value in zip(of_objects, values, strict=True))
+        build = Build(held)
+        return self.signature.join_trees(own, [build.make(spec) for spec in self.signature.specs])
 
     def without_arrays(self) -> Entry:
         """The static half alone, to be kept."""
@@ -197,7 +207,7 @@ class Entry:
             for cell, value in zip(structure.cells, of_cells, strict=True):
                 prepare(cell, value)
         updates, pure, static = inside.leave(out, structure_updates=self.updates, also=also)
-        plan: Plan = static.plan
+        plan: Plan = static.value
         leaves, treedef = jax.tree.flatten((updates, pure))
         first = structure.spans[len(given)][0] if returned else len(structure.cells)
         cells = None if plan.known is not None else list(plan.changed)

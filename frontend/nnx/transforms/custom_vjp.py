@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +71,9 @@ class _Call:
         (residuals,) = taken.signature.enter(treedef.unflatten(arrays)).trees
         updates, out = self.exit.treedef.unflatten(cotangents)
         if self.exit.plan.layout is not None:
-            out = self.exit.plan.rebuild(Build(), out)
+            build = Build()
+            build.objects = collections.defaultdict(lambda: None)  # cotangents of objects given are among the updates
+            out = self.exit.plan.rebuild(build, out)
         pairs = zip(self._given, updates, strict=True)
         changed = {i: value for i, value in pairs if i is not None}
         statics = [self._args[i] for i in self._rule.statics]
@@ -175,8 +178,8 @@ def _check_apart(dynamic: Sequence[Any], statics: Sequence[Any]) -> None:
     for x in variables:
         if id(x) in held:
             raise ValueError(
-                f"Duplicate {type(x).__name__}: it is in an argument of nnx.custom_vjp that has a derivative, and in one "
-                "of nondiff_argnums. Pass a copy (nnx.clone)."
+                f"Duplicate {type(x).__name__}: it is in an argument of nnx.custom_vjp that has a derivative, and in "
+                "one of nondiff_argnums. Pass a copy (nnx.clone)."
             )
 
 

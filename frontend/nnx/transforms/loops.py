@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from distaff.frontend.core import axes_scan
-from distaff.frontend.nnx.boundary import Inside
+from distaff.frontend.nnx.boundary import Inside, Static
 from distaff.frontend.nnx.graphdef import graph_mode
 from distaff.frontend.nnx.prefix_mapping import PrefixMapping
 from distaff.frontend.nnx.transforms.carry import (
@@ -94,8 +94,8 @@ class _Step:
         self._metadata = metadata
         self._carry_in = _find_carry(in_axes, "in_axes")
         self._carry_out = _find_carry(out_axes, "out_axes")
-        axes = [axis for axis in (*entry.cell_values, *values_of(out_axes)) if isinstance(axis, int)]
-        self.names = tuple(dict.fromkeys(axes))
+        axes = (*entry.cell_values, *values_of(in_axes), *values_of(out_axes))
+        self.names = tuple(dict.fromkeys(axis for axis in axes if isinstance(axis, int)))
 
     def _run(self, leaves: Sequence[Any]) -> tuple[Inside, Any, list[Any]]:
         """Run the function; the objects, the result without the carry, and the arguments with the new carry."""
@@ -145,14 +145,20 @@ class _Step:
         mapped = [(x, axis) for x, axis in zip(made, exit.values, strict=True) if isinstance(axis, int)]
         return (), carry, group([x for x, _ in mapped], [axis for _, axis in mapped], self.names)
 
-    def finish(self, carry: Sequence[Any], groups: Sequence[Sequence[Any]]) -> Any:
-        """Assign what came out of the last iteration; the result, with the objects of the carry in their place."""
+    def finish(self, static: Static, carry: Sequence[Any], groups: Sequence[Sequence[Any]]) -> Any:
+        """Assign what came out of the last iteration; the result, with the objects of the carry in their place.
+
+        Args:
+            static: exit and sources, as they were when this was traced.
+            carry, groups: the arrays.
+        """
+        exit, sources = static.value
         rows = {name: iter(found) for name, found in zip(self.names, groups, strict=True)}
         arrays = [
             carry[source] if source is not None else None if axis is None else next(rows[axis])
-            for source, axis in zip(self.sources, self.exit.values, strict=True)
+            for source, axis in zip(sources, exit.values, strict=True)
         ]
-        out = self.entry.finish(self.exit, arrays)
+        out = self.entry.finish(exit, arrays)
         if self._carry_in is None:
             return out
         last = iter(carry)
@@ -163,6 +169,20 @@ class _Step:
         if self._out_axes is Carry:
             return value
         return tuple(value if i == self._carry_out else x for i, x in enumerate(out))
+
+
+class _Loop:
+    """What a scan depends on but for arrays; hashable, so that equal loops are traced once."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self._key = entry.signature, entry.treedef, tuple(entry.values), tuple(entry.cell_values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Loop) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
 
 
 def scan(
@@ -213,6 +233,23 @@ def scan(
     check_prefix(in_axes, "in_axes", "scan", updates)
     check_prefix(out_axes, "out_axes", "scan", updates)
 
+    def run(loop: _Loop, shared: Sequence[Any], carry: Sequence[Any], rows: Sequence[Any]) -> Any:
+        step = _Step(f, loop.entry, in_axes, out_axes, metadata)
+        scan_arrays = axes_scan.scan(
+            lambda _, carry, rows: step(shared, carry, rows),
+            ([axis for axis in loop.entry.values if isinstance(axis, int)],),
+            step.names,
+            length=length,
+            reverse=reverse,
+            unroll=unroll,
+            _split_transpose=_split_transpose,
+            check_constancy_invariants=False,
+        )
+        _, carry, groups = scan_arrays((), carry, rows)
+        return Static((step.exit, step.sources)), carry, groups
+
+    compiled: Any = jax.jit(run, static_argnums=0, inline=True)
+
     @functools.wraps(f)
     def scanned(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = positional(f, in_axes, args, kwargs)
@@ -232,20 +269,7 @@ def scan(
         parts: dict[Any, list[Any]] = {True: [], False: [], None: []}
         for x, axis in zip(entry.leaves, entry.values, strict=True):
             parts[None if axis is None else axis is Carry].append(x)
-        shared, carry, rows = parts[None], parts[True], parts[False]
-        row_axes = [axis for axis in entry.values if isinstance(axis, int)]
-        loop = axes_scan.scan(
-            lambda _, carry, rows: step(shared, carry, rows),
-            (row_axes,),
-            step.names,
-            length=length,
-            reverse=reverse,
-            unroll=unroll,
-            _split_transpose=_split_transpose,
-            check_constancy_invariants=False,
-        )
-        _, carry, groups = loop((), carry, rows)
-        return step.finish(carry, groups)
+        return step.finish(*compiled(_Loop(entry.without_arrays()), parts[None], parts[True], parts[False]))
 
     return scanned
 

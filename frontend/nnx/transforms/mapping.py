@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from distaff.frontend.jax_compat import is_mapped, mapped_axis
 from distaff.frontend.nnx import spmd
-from distaff.frontend.nnx.boundary import Inside
+from distaff.frontend.nnx.boundary import Inside, Static
 from distaff.frontend.nnx.graphdef import graph_mode
 from distaff.frontend.nnx.transforms.compilation import check_not_bound, updates_mode
 from distaff.frontend.nnx.transforms.crossing import Entry, Exit
@@ -120,12 +120,14 @@ def check_sizes(entry: Entry, axis_size: int | None = None) -> None:
 class _Rows:
     """A function of objects as one of arrays by axis, as ``jax.vmap`` maps it."""
 
-    def __init__(self, fn: Callable[..., Any], entry: Entry, out_axes: Any, metadata: Mapping[str, Any]) -> None:
+    def __init__(
+        self, fn: Callable[..., Any], entry: Entry, in_axes: Any, out_axes: Any, metadata: Mapping[str, Any]
+    ) -> None:
         self._fn = fn
         self._entry = entry
         self._out_axes = out_axes
         self._metadata = metadata
-        self.names = tuple(dict.fromkeys([*entry.cell_values, *values_of(out_axes)]))
+        self.names = tuple(dict.fromkeys([*entry.cell_values, *values_of(in_axes), *values_of(out_axes)]))
 
     def __call__(self, leaves: Sequence[Any]) -> tuple[Any, Any]:
         entry = self._entry
@@ -136,15 +138,7 @@ class _Rows:
         out = self._fn(*args, **kwargs)
         made, exit = entry.leave(inside, out, self._out_axes, prepare=namer(self._metadata))
         _check_shared(entry.transform, made, exit)
-        return _Static(exit), group(made, exit.values, self.names)
-
-
-@jax.tree_util.register_static
-class _Static:
-    """An ``Exit`` on its way out of a trace; equal to itself alone."""
-
-    def __init__(self, exit: Exit) -> None:
-        self.exit = exit
+        return Static(exit), group(made, exit.values, self.names)
 
 
 def vmap(
@@ -199,7 +193,7 @@ def vmap(
         axes = (*per_argument(in_axes, len(args), "in_axes", "vmap"), 0)
         entry = Entry("vmap", (*args, kwargs), follow, updates, axes)
         check_sizes(entry, axis_size)
-        rows = _Rows(f, entry, out_axes, metadata)
+        rows = _Rows(f, entry, in_axes, out_axes, metadata)
         static, groups = jax.vmap(
             rows,
             in_axes=(entry.values,),
@@ -208,7 +202,7 @@ def vmap(
             axis_size=axis_size,
             spmd_axis_name=spmd_axis_name,
         )(entry.leaves)
-        return entry.finish(static.exit, ungroup(groups, static.exit.values, rows.names))
+        return entry.finish(static.value, ungroup(groups, static.value.values, rows.names))
 
     return mapped
 
@@ -280,7 +274,7 @@ def pmap(
                 remaining = iter(given)
                 return f(*(fixed[i] if i in fixed else next(remaining) for i in range(len(args))), **kwargs)
 
-            rows = _Rows(with_fixed, entry.without_arrays(), out_axes, metadata)
+            rows = _Rows(with_fixed, entry.without_arrays(), in_axes, out_axes, metadata)
             compiled[key] = (
                 rows,
                 jax.pmap(
@@ -295,7 +289,7 @@ def pmap(
             )
         rows, run = compiled[key]
         static, groups = run(entry.leaves)
-        return entry.finish(static.exit, ungroup(groups, static.exit.values, rows.names))
+        return entry.finish(static.value, ungroup(groups, static.value.values, rows.names))
 
     return mapped
 

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec, Sharding
 
 from distaff.frontend.nnx.filters import Filter, PathIn, PathParts
 from distaff.frontend.nnx.graphdef import graph_mode
 from distaff.frontend.nnx.kinds import Kind, kind_of
 from distaff.frontend.nnx.object_trees import is_object
 from distaff.frontend.nnx.prefix_mapping import PrefixMapping, is_object_or_prefix
-from distaff.frontend.nnx.pytrees import sorted_attributes
+from distaff.frontend.nnx.pytrees import is_data_attribute, sorted_attributes
 from distaff.frontend.nnx.state import State, iter_flat, nest
 from distaff.frontend.nnx.structure import Structure, container_items, key_of, paths_of
 from distaff.frontend.nnx.traversal import iter_graph, recursive_map
@@ -66,11 +65,12 @@ def _values_in(x: Any, path: PathParts = ()) -> Iterator[tuple[PathParts, Any]]:
         yield from ((p, v.get_raw_value() if isinstance(v, Variable) else v) for p, v in iter_flat(x, path))
     elif kind is Kind.NODE:
         for key, name in sorted_attributes(x):
-            yield from _values_in(x.__dict__[name], (*path, key))
+            if is_data_attribute(x, name, x.__dict__[name]):
+                yield from _values_in(x.__dict__[name], (*path, key))
     elif kind is Kind.CONTAINER:
         for key, child in container_items(x)[0]:
             yield from _values_in(child, (*path, key))
-    elif x is None or isinstance(x, int | type | Sharding | PartitionSpec):
+    else:
         yield path, x
 
 

@@ -87,6 +87,6 @@ def shard_map(
             check_vma=check_vma,
         )
         updates, out = run(*outside.trees)
-        return static.plan.finish(outside, updates, out)
+        return static.value.finish(outside, updates, out)
 
     return mapped
