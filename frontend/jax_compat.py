@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jax._src import core as _src_core
 from jax._src import dtypes, earray
+from jax._src.hijax import Box as Box
 from jax._src.interpreters import batching as _batching
 from jax._src.interpreters import pxla
 from jax.extend import core as _core

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from distaff.frontend.nnx.graphdef import ArrayRefOutput, Build, Spec, as_ref
+from distaff.frontend.nnx.graphdef import Build, Spec, as_output, from_output
 from distaff.frontend.nnx.object_trees import WHOLE, Layout, Taken, count_objects, put_tree, take_tree
 from distaff.frontend.nnx.origin import describe_origin
 from distaff.frontend.nnx.prefix_mapping import PrefixMapping, check_aliases, object_prefixes
 from distaff.frontend.nnx.pytrees import Pytree
 from distaff.frontend.nnx.structure import ItemCell, Structure, Walk, structure_of
-from distaff.frontend.nnx.variables import Variable, assign_all, is_array_ref
+from distaff.frontend.nnx.variables import Variable, assign_all, changes_in_place
 
 
 class Leaves(NamedTuple):
@@ -256,11 +256,13 @@ class Inside:
         if not structure_updates:
             walk = Walk()
         taken, pure_out, out_specs, out_leaves = _take_out(out, walk, out_prefix)
-        refs = {id(value) for value in self.values if is_array_ref(value)}
+        refs = {id(value) for value in self.values if changes_in_place(value)}
         values = [_returned(cells[i], structure_updates, refs) for i in changed]
         updates = self.signature.updates_tree(leaves.pack(values)) if whole else values
         metadata = () if structure_updates else self._changed_metadata()
-        variables_only = all(isinstance(cells[i], Variable) and not is_array_ref(cells[i]._raw_value) for i in changed)
+        variables_only = all(
+            isinstance(cells[i], Variable) and not changes_in_place(cells[i]._raw_value) for i in changed
+        )
         plan = Plan(
             taken.layout, out_specs, out_leaves, tuple(changed), variables_only, leaves, whole, metadata, specs, known
         )
@@ -341,11 +343,7 @@ def _returned(cell: Any, arrays_too: bool, refs: Set[int]) -> Any:
     value = cell._raw_value
     if id(value) in refs or not (arrays_too or isinstance(cell, Variable)):
         return None
-    return _pure(value)
-
-
-def _pure(value: Any) -> Any:
-    return ArrayRefOutput(value[...]) if is_array_ref(value) else value
+    return as_output(value)
 
 
 def _take_out(out: Any, walk: Walk, prefix: Any) -> tuple[Taken, Any, tuple[Spec, ...], Leaves]:
@@ -357,7 +355,7 @@ def _take_out(out: Any, walk: Walk, prefix: Any) -> tuple[Taken, Any, tuple[Spec
     prefixes = None if prefix is None else object_prefixes([taken], [prefix])
     cells = walk.cells[known[0] :]
     leaves = _leaves(specs, cells, [(start - known[0], end - known[0]) for start, end in spans], prefixes)
-    packed = leaves.pack([_pure(cell._raw_value) for cell in cells])
+    packed = leaves.pack([as_output(cell._raw_value) for cell in cells])
     return taken, put_tree(taken.leaves, taken.layout, packed), specs, leaves
 
 
@@ -417,7 +415,7 @@ class Plan(NamedTuple):
         else:
             for cell, value in zip(targets, updates, strict=True):
                 if value is not None:
-                    cell.write(as_ref(value))
+                    cell.write(from_output(value))
         for i, metadata in self.metadata:
             variable: Any = structure.cells[i]
             variable.set_metadata(metadata)

@@ -10,6 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from distaff.frontend.jax_compat import Box
 from distaff.frontend.nnx import config
 from distaff.frontend.nnx.filters import PathParts
 from distaff.frontend.nnx.pytrees import STATUSES, empty_node
@@ -146,11 +147,33 @@ class ArrayRefOutput:
 
 
 @dataclasses.dataclass(frozen=True)
+class BoxOutput:
+    """Likewise, of what a variable made with ``hijax=True`` stores."""
+
+    value: Any
+
+
+def as_output(stored: Any) -> Any:
+    """What to return from a transform of a new mutable array, or a box; other values as they are."""
+    if isinstance(stored, jax.Ref):
+        return ArrayRefOutput(stored[...])
+    return BoxOutput(stored.get()) if isinstance(stored, Box) else stored
+
+
+def from_output(value: Any) -> Any:
+    """The inverse of ``as_output``."""
+    if isinstance(value, ArrayRefOutput):
+        return jax.new_ref(value.value)
+    return Box(value.value) if isinstance(value, BoxOutput) else value
+
+
+@dataclasses.dataclass(frozen=True)
 class NoUpdate:
     """In the place of a mutable array that was given to a transform: it changed in place. A pytree without leaves."""
 
 
 jax.tree_util.register_dataclass(ArrayRefOutput, ["value"], [])
+jax.tree_util.register_dataclass(BoxOutput, ["value"], [])
 jax.tree_util.register_static(NoUpdate)
 
 Spec = NodeDef | VariableDef | NodeRef | Constant | Leaf
@@ -258,11 +281,6 @@ def make_container(cls: type[Any], keys: Sequence[Any], children: Sequence[Any],
     return cls(children)
 
 
-def as_ref(value: Any) -> Any:
-    """The mutable array of an ``ArrayRefOutput``; other values as they are."""
-    return jax.new_ref(value.value) if isinstance(value, ArrayRefOutput) else value
-
-
 class Build:
     """Makes objects of definitions and leaves.
 
@@ -325,14 +343,14 @@ class Build:
         return node
 
     def _variable(self, spec: VariableDef) -> Any:
-        value = as_ref(next(self._leaves))
+        value = from_output(next(self._leaves))
         existing = self._existing.get(spec.number)
         variable: Any
         if spec.type is jax.Ref:
             variable = value if existing is None else existing
         elif existing is not None:
             variable = existing
-            raw = as_ref(value._raw_value) if isinstance(value, Variable) else value
+            raw = from_output(value._raw_value) if isinstance(value, Variable) else value
             if raw is not None and not isinstance(raw, NoUpdate):  # mutable arrays changed in place
                 existing.write(raw)
             object.__setattr__(existing, "_var_metadata", spec.metadata.value)
@@ -340,8 +358,8 @@ class Build:
             variable = value
         elif not isinstance(value, Variable):
             variable = spec.type.from_metadata(value, spec.metadata.value or _NO_METADATA)
-        elif isinstance(value._raw_value, ArrayRefOutput):
-            variable = value.copy(as_ref(value._raw_value))
+        elif isinstance(value._raw_value, ArrayRefOutput | BoxOutput):
+            variable = value._of(from_output(value._raw_value), value._var_metadata)
         elif self._copy or (self._recreate and not value._can_update):
             variable = value.copy()
         else:

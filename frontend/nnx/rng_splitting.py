@@ -237,7 +237,9 @@ def _with_rngs_rules(
     rules: list[tuple[str, Filter, Callable[[RngStream], RngStream]]] = []
     for kind, shapes, method in (("split", split, RngStream.split), ("broadcast", broadcast, RngStream.broadcast)):
         by_filter = shapes if isinstance(shapes, Mapping) else {} if shapes is None else {...: shapes}
-        rules += ((kind, filter, functools.partial(method, k=shape)) for filter, shape in by_filter.items())
+        for filter, shape in by_filter.items():
+            if shape is not None:
+                rules.append((kind, filter, functools.partial(method, k=shape)))
     forks = () if fork is None else fork if isinstance(fork, Sequence) and not isinstance(fork, str) else (fork,)
     return rules + [("fork", filter, RngStream.fork) for filter in forks]
 
