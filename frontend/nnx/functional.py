@@ -102,7 +102,8 @@ def with_vars(
         duplicates = find_duplicates(node, only=is_other)
         if duplicates:
             raise ValueError(
-                f"Found duplicate at paths: {duplicates}. Variables stand at several places; pass allow_duplicates=True."
+                f"Found duplicate at paths: {duplicates}. A variable stands at several places; to copy it once for all, "
+                "pass allow_duplicates=True."
             )
     return graphs.map(
         lambda path, x: x.copy(**wanted) if is_other(path, x) else x, node, graph=True, recreate_variables=False
