@@ -102,7 +102,7 @@ def with_vars(
         duplicates = find_duplicates(node, only=is_other)
         if duplicates:
             raise ValueError(
-                f"Found duplicate at paths: {duplicates}. A variable stands at several places; to copy it once for all, "
+                f"Found duplicate at paths: {duplicates}. A variable stands at several places; to copy it once, "
                 "pass allow_duplicates=True."
             )
     return graphs.map(
