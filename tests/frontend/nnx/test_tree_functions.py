@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distaff.frontend import errors, nnx
+from distaff.frontend import nnx
 
 
 @pytest.fixture(scope="module", params=["distaff", "flax"])
@@ -76,7 +76,6 @@ def test_trees_with_prefixes(lib):
 
 def test_captures_go_through_transforms(lib):
     model = stack(lib)
-    run = lib.jit(lambda m, x: lib.vmap(lambda m, x: m(x), in_axes=(None, 0))(m, x))
     axes = lib.StateAxes({lib.Param: 0, lib.Intermediate: 0, ...: None})
 
     @lib.jit
@@ -87,7 +86,6 @@ def test_captures_go_through_transforms(lib):
     np.testing.assert_array_equal(y, 2 * model.w + 1)
     np.testing.assert_array_equal(seen["seen"][0], jnp.full((3, 2), 2.0))
     assert not hasattr(model, "seen") and not hasattr(model, "__captures__")
-    del run
 
 
 def test_loops_are_traced_once(lib):
@@ -99,7 +97,7 @@ def test_loops_are_traced_once(lib):
         return x + m, x
 
     for times in range(3):
-        _, y = forward(jnp.full(2, times), model.w[...])
+        _, y = forward(jnp.full(2, float(times)), model.w[...])
         assert y.shape == (3, 2)
     assert len(traces) == 1
 
@@ -144,7 +142,7 @@ def test_streams_by_rules(lib):
 
     left = []
     jax.jit(lambda: left.append(lib.Rngs(0)))()
-    with pytest.raises((errors.TraceContextError, Exception), match="different trace level"):
+    with pytest.raises(Exception, match="different trace level"):
         left[0]()
 
 
