@@ -119,6 +119,18 @@ def test_partial_functions(lib):
     assert kept is not model and kept is cached(model) and kept.w is model.w
 
 
+def test_shapes_of_compiled_functions(lib):
+    model = stack(lib)
+
+    @lib.jit(static_argnums=1, static_argnames="name")
+    def grow(m, times, name):
+        m.w[...] *= 2
+        return {name: jnp.concatenate([m.w[...]] * times)}
+
+    assert grow.eval_shape(model, 3, name="rows") == {"rows": jax.ShapeDtypeStruct((9, 2), jnp.float32)}
+    np.testing.assert_array_equal(model.w[...], stack(lib).w[...])
+
+
 def test_captured_and_aliased_results(lib):
     v = lib.Param(jnp.arange(3.0))
     with pytest.raises(ValueError, match="Cannot return captured Variable"):
