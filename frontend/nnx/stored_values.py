@@ -10,6 +10,8 @@ import numpy as np
 
 from distaff.frontend.jax_compat import Box
 
+_IN_PLACE = (jax.Ref, Box)
+
 
 def is_array_ref(value: Any) -> bool:
     """Whether a value is a mutable array, or stands for one in a trace."""
@@ -18,7 +20,7 @@ def is_array_ref(value: Any) -> bool:
 
 def changes_in_place(value: Any) -> bool:
     """Whether what a variable stores is assigned in place, in any trace: a mutable array, or a box of JAX's."""
-    return isinstance(value, jax.Ref | Box)
+    return isinstance(value, _IN_PLACE)
 
 
 def stored(value: Any, hijax: bool, ref: bool) -> Any:

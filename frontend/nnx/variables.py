@@ -228,7 +228,7 @@ class Variable(Generic[A]):
     def get_raw_value(self) -> A:
         """What is stored, without hooks; a ``jax.Ref`` if the value lies in one."""
         raw = self._raw_value
-        return raw.get() if isinstance(raw, Box) else raw  # type: ignore[no-any-return]
+        return raw.get() if self._var_metadata and isinstance(raw, Box) else raw  # type: ignore[no-any-return]
 
     def set_raw_value(self, value: A, *, _unsafe_bypass_check: bool = False) -> None:
         """Replace what is stored, without hooks.
@@ -263,7 +263,7 @@ class Variable(Generic[A]):
     def get_value(self, *, index: Any = _MISSING) -> A:
         """The value after the hooks ``on_get_value``; with ``index``, that part of it."""
         value = self._raw_value
-        if isinstance(value, Box):
+        if self._var_metadata and isinstance(value, Box):  # there is metadata if there is a box
             value = value.get()
         if isinstance(value, jax.Ref):
             value = value[... if index is _MISSING else index]
@@ -289,7 +289,7 @@ class Variable(Generic[A]):
             value = self._hooked("on_set_value", value)
         if index is not _MISSING:
             value = with_part(self.get_raw_value(), index, value)
-        if isinstance(raw, Box):
+        if self._var_metadata and isinstance(raw, Box):
             raw.set(value)
         else:
             _set_raw(self, value)
