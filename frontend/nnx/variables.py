@@ -165,6 +165,7 @@ class Variable(Generic[A]):
         Raises:
             TraceContextError: the variable was made outside the running JAX transform.
             TypeError: other arguments.
+            ValueError: another ``hijax``.
         """
         self._check_can_update()
         if kwargs and not args:
@@ -178,17 +179,21 @@ class Variable(Generic[A]):
                 f"set_metadata takes a dict, or a name and a value, or keywords; got {len(args)} arguments and the "
                 f"keywords {sorted(kwargs)}."
             )
+        if self.hijax != changed.setdefault("hijax", self.hijax):
+            raise ValueError("Whether a variable is hijax stays as it is; make a copy: variable.copy(hijax=...).")
         _set_metadata(self, {k: v for k, v in changed.items() if k not in _DEFAULTS or v != _DEFAULTS[k]})
 
     def del_metadata(self, name: str) -> None:
         """Remove one piece of metadata.
 
         Raises:
-            KeyError: there is none of that name.
+            KeyError: there is none of that name, or every variable has it.
             TraceContextError: the variable was made outside the running JAX transform.
         """
         self._check_can_update()
         changed = dict(self._var_metadata)
+        if name in _DEFAULTS:
+            raise KeyError(f"Every variable has {name!r}.")
         del changed[name]
         _set_metadata(self, changed)
 

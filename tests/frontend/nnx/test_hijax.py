@@ -31,6 +31,16 @@ def test_jax_jit_changes_it(lib):
     np.testing.assert_array_equal(v[...], [-1, 3, 4])
 
 
+def test_metadata_of_boxes():
+    v = nnx.Param(1.0, hijax=True, note=1)
+    v.set_metadata({"other": 2})
+    assert (v.hijax, v.other, v[...]) == (True, 2, 1.0)
+    with pytest.raises(ValueError, match="stays as it is"):
+        v.set_metadata(hijax=False)
+    with pytest.raises(KeyError, match="hijax"):
+        v.del_metadata("hijax")
+
+
 def test_structure_of_the_value_may_change(lib):
     metrics = lib.Variable({}, hijax=True)
 
