@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from distaff.frontend.nnx.filters import Filter
 from distaff.frontend.nnx.functional import as_pure
-from distaff.frontend.nnx.graph import state, update
+from distaff.frontend.nnx.graph_functions import state, update
 from distaff.frontend.nnx.pytrees import Pytree, data
-from distaff.frontend.nnx.variables import Param, Variable
+from distaff.frontend.nnx.variable_kinds import Param
+from distaff.frontend.nnx.variables import Variable
 
 M = TypeVar("M")
 
@@ -34,6 +35,11 @@ class OptVariable(OptState):
 
 def _is_variable(x: Any) -> bool:
     return isinstance(x, Variable)
+
+
+def _with_plain_value(x: Any) -> Any:
+    """A variable that stores its value itself, whatever its metadata says of ``hijax``, for functions of arrays."""
+    return x._of(x.get_raw_value(), x._var_metadata) if _is_variable(x) else x
 
 
 def to_opt_state(tree: Any) -> Any:
@@ -82,7 +88,8 @@ class Optimizer(Pytree, Generic[M]):
         self.graph = graph
         self.step = OptState(jnp.array(0, jnp.uint32))
         self.tx = tx
-        self.opt_state = data(to_opt_state(tx.init(state(model, wrt, graph=graph))))
+        params = jax.tree.map(_with_plain_value, state(model, wrt, graph=graph), is_leaf=_is_variable)
+        self.opt_state = data(to_opt_state(tx.init(params)))
         self.wrt = wrt
 
     def __getattr__(self, name: str) -> Any:
