@@ -29,11 +29,10 @@ inline const MatmulKernels& matmul_kernels(CpuLevel level) {
 class Blocks {
  public:
   Blocks(const Matmul& call, int64_t threads) : m_(call.m), panels_(call.panels()), unit_(call.gated ? 2 : 1) {
-    constexpr int64_t kWholeRows = 64, kFewestRows = 32, kMostRows = 128, kMostPanels = 8, kLeastBytes = 16 * 1024;
-    if (m_ > kWholeRows) {
-      const int64_t rows = std::clamp((m_ + threads - 1) / threads, kFewestRows, kMostRows);
-      down_ = (m_ + rows - 1) / rows;
-    }
+    // Few enough rows to stay in the second cache, and enough that each thread may read all of W for its own.
+    constexpr int64_t kFewestRows = 64, kMostRows = 128, kMostPanels = 8, kLeastBytes = 16 * 1024;
+    const int64_t rows = std::clamp((m_ + threads - 1) / threads, kFewestRows, kMostRows);
+    down_ = (m_ + rows - 1) / rows;
     height_ = (m_ + down_ - 1) / down_;
     int64_t width = kMostPanels;
     if (m_ <= 3) {  // large enough to be worth a turn at the shared counter
@@ -56,7 +55,7 @@ class Blocks {
   }
 
  private:
-  int64_t m_, panels_, unit_, down_ = 1, height_, across_;
+  int64_t m_, panels_, unit_, down_, height_, across_;
 };
 
 // Rows of x that a thread has made ready for its blocks, and what it computes in.
