@@ -1,53 +1,20 @@
-"""Objects as values: ``GraphState`` (definition and state in one), ``call`` and variables made plain or mutable."""
+"""Objects as values: ``unpack``, ``call``, and variables made plain or mutable."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from distaff.frontend.nnx import graph as graphs
+from distaff.frontend.nnx import graph_functions as graphs
 from distaff.frontend.nnx.filters import Filter, to_predicate
+from distaff.frontend.nnx.graph_state import GraphState
 from distaff.frontend.nnx.graphdef import GraphDef
 from distaff.frontend.nnx.state import State
 from distaff.frontend.nnx.traversal import find_duplicates
 from distaff.frontend.nnx.variables import Variable
-
-
-class GraphState(MutableMapping[Any, Any]):
-    """A definition and (a part of) its state; a mapping as the state is one, and a pytree node with its leaves."""
-
-    def __init__(self, _graphdef: GraphDef[Any], _state: State) -> None:
-        self.graphdef = _graphdef
-        self.state = _state
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.state[key]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.state[key] = value
-
-    def __delitem__(self, key: Any) -> None:
-        del self.state[key]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.state)
-
-    def __len__(self) -> int:
-        return len(self.state)
-
-    def __repr__(self) -> str:
-        return f"GraphState({self.graphdef!r}, {self.state!r})"
-
-
-jax.tree_util.register_pytree_with_keys(
-    GraphState,
-    lambda x: (((jax.tree_util.GetAttrKey("state"), x.state),), x.graphdef),
-    lambda graphdef, children: GraphState(graphdef, *children),
-    lambda x: ((x.state,), x.graphdef),
-)
 
 
 def unpack(node: Any, *filters: Filter, graph: bool | None = None) -> Any:

@@ -132,6 +132,12 @@ class NodeDef(NamedTuple):
     metadata: Any
 
 
+class TreeNodeDef(NamedTuple):
+    """What ``GraphDef.nodes`` has of a definition made in tree mode, which knows no sharing: the leaves by path."""
+
+    path_index: tuple[tuple[PathParts, int], ...]
+
+
 Spec = NodeDef | VariableDef | NodeRef | Constant | Leaf
 NO_METADATA = Constant({})
 
@@ -179,8 +185,10 @@ class GraphDef(Generic[Node]):
         return f"GraphDef({self.root!r}, num_leaves={self.num_leaves})"
 
     @property
-    def nodes(self) -> list[Spec]:
-        """The definitions of nodes, containers and variables, and references to them, in order."""
+    def nodes(self) -> list[Any]:
+        """The definitions of nodes, containers and variables, and references to them, in order; of a tree, one."""
+        if not self.graph:
+            return [TreeNodeDef(tuple((path, i) for i, path in enumerate(self.paths)))]
         return [spec for _, spec in iter_specs(self.root) if isinstance(spec, NodeDef | VariableDef | NodeRef)]
 
     @property

@@ -88,3 +88,13 @@ def has_data(value: Any, /) -> list[Any]:
     if kind is Kind.CONTAINER:
         return [leaf for child in children_of(value) for leaf in has_data(child)]
     return [value] if kind <= Kind.DATA else []
+
+
+def is_node(x: Any) -> bool:
+    """Whether ``x`` is a module or another object with attributes, or a container."""
+    return kind_of(x) in (Kind.NODE, Kind.CONTAINER)
+
+
+def is_graph_node(x: Any) -> bool:
+    """Whether ``x`` may be shared: a module or another object with attributes, a variable, or a mutable array."""
+    return kind_of(x) <= Kind.NODE or isinstance(x, jax.Ref)

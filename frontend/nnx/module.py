@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from distaff.frontend.nnx.capture import captured_store
 from distaff.frontend.nnx.filters import Filter, PathParts, to_predicate
-from distaff.frontend.nnx.graph import clone
+from distaff.frontend.nnx.graph_functions import clone
 from distaff.frontend.nnx.pytrees import Pytree, PytreeMeta
 from distaff.frontend.nnx.traversal import iter_children, iter_graph
-from distaff.frontend.nnx.variable_names import variable_type_from_name
-from distaff.frontend.nnx.variables import Intermediate, Perturbation, Variable
+from distaff.frontend.nnx.variable_kinds import Intermediate, Perturbation, variable_type_from_name
+from distaff.frontend.nnx.variables import Variable
 
 A = TypeVar("A")
 ModuleMeta = PytreeMeta

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from distaff.frontend.nnx.filters import Filter, PathParts, ordered_predicates
+from distaff.frontend.nnx.filters import Filter, PathParts, filters_to_predicates
 from distaff.frontend.nnx.graphdef import NodeDef, NodeRef, Spec, VariableDef
 from distaff.frontend.nnx.object_trees import WHOLE, Taken, is_object
 from distaff.frontend.nnx.origin import describe_origin
@@ -36,7 +36,7 @@ class PrefixMapping:
         return self.values[self._first_match(path, variable)]
 
     def _first_match(self, path: PathParts, variable: Any) -> int:
-        for i, matches in enumerate(ordered_predicates(self.filters)):
+        for i, matches in enumerate(filters_to_predicates(self.filters)):
             if matches(path, variable):
                 return i
         raise ValueError(f"No filter of {self} matches {path}: {variable}. Use `...` to match all that remain.")
@@ -74,17 +74,38 @@ def object_prefixes(taken: Sequence[Taken], prefixes: Sequence[Any]) -> list[Any
             found.append(prefix)
             continue
         whole = tree.layout.treedef.unflatten(range(tree.layout.treedef.num_leaves))
-        spread = jax.tree.leaves(
-            jax.tree.map(lambda p, below: jax.tree.map(lambda _: _Box(p), below), prefix, whole, is_leaf=_ends_prefix),
-            is_leaf=lambda x: isinstance(x, _Box),
-        )
-        found += (spread[i].value for i in tree.layout.positions)
+        spread = broadcast_prefix(prefix, whole, _ends_prefix)
+        found += (spread[i] for i in tree.layout.positions)
     return found
 
 
-class _Box:
-    def __init__(self, value: Any) -> None:
-        self.value = value
+def broadcast_prefix(
+    prefix_tree: Any,
+    full_tree: Any,
+    prefix_is_leaf: Callable[[Any], bool] | None = None,
+    tree_is_leaf: Callable[[Any], bool] | None = None,
+) -> list[Any]:
+    """For each leaf of a tree, that of a prefix of it.
+
+    Args:
+        prefix_tree: the prefix; objects in it are leaves.
+        full_tree: the tree.
+        prefix_is_leaf: what else is a leaf of the prefix.
+        tree_is_leaf: what else is a leaf of the tree.
+
+    Raises:
+        ValueError: the one is no prefix of the other.
+    """
+    found: list[Any] = []
+
+    def add(value: Any, below: Any) -> None:
+        found.extend([value] * len(jax.tree.leaves(below, is_leaf=tree_is_leaf)))
+
+    def is_leaf(x: Any) -> bool:
+        return is_object(x) or (prefix_is_leaf is not None and prefix_is_leaf(x))
+
+    jax.tree.map(add, prefix_tree, full_tree, is_leaf=is_leaf)
+    return found
 
 
 def _ends_prefix(x: Any) -> bool:

@@ -11,9 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from distaff.frontend.core import meta, spmd
 from distaff.frontend.core.meta import AxisName, LogicalNames
 from distaff.frontend.core.spmd import logical_axis_rules as logical_axis_rules
-from distaff.frontend.nnx.graph import map as map_object
-from distaff.frontend.nnx.graph import split
-from distaff.frontend.nnx.variables import PARTITION_NAME, Variable, with_metadata
+from distaff.frontend.nnx.graph_functions import map as map_object
+from distaff.frontend.nnx.graph_functions import split
+from distaff.frontend.nnx.variable_metadata import PARTITION_NAME, with_metadata
+from distaff.frontend.nnx.variables import Variable
 
 
 def with_partitioning(

@@ -8,45 +8,26 @@ outer ones afterwards.
 from __future__ import annotations
 
 import collections
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import jax
 import numpy as np
 
 from distaff.frontend import errors
-from distaff.frontend.core import meta, spmd
+from distaff.frontend.core import spmd
 from distaff.frontend.jax_compat import running_trace
 from distaff.frontend.nnx import config
 from distaff.frontend.nnx.origin import Origin, describe_origin, find_origin
+from distaff.frontend.nnx.variable_metadata import HOOKS, VariableMetadata, as_tuple
 from distaff.frontend.nnx.variable_operators import add_operators
 
 A = TypeVar("A")
 _MISSING: Any = object()
 # Metadata is never changed in place: another dict is another version, which cached structures look at.
 _NO_METADATA: dict[str, Any] = {}
-_HOOKS = ("on_get_value", "on_set_value", "on_create_value", "on_add_axis", "on_remove_axis")
 # Metadata that every variable has; stored only where it differs from what is here.
 _DEFAULTS = {"hijax": False, "ref": False, "eager_sharding": True}
-
-
-@dataclasses.dataclass
-class VariableMetadata(Generic[A]):
-    """A value with the metadata and hooks that the variable made of it gets; what ``with_metadata`` returns."""
-
-    raw_value: A
-    on_set_value: tuple[Callable[..., Any], ...] = ()
-    on_get_value: tuple[Callable[..., Any], ...] = ()
-    on_create_value: tuple[Callable[..., Any], ...] = ()
-    on_add_axis: tuple[Callable[..., Any], ...] = ()
-    on_remove_axis: tuple[Callable[..., Any], ...] = ()
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def as_metadata(self) -> dict[str, Any]:
-        """Metadata and hooks in one dict, as a variable keeps them."""
-        hooks = {name: getattr(self, name) for name in _HOOKS}
-        return {**self.metadata, **{name: hook for name, hook in hooks.items() if hook}}
 
 
 class Variable(Generic[A]):
@@ -81,7 +62,7 @@ class Variable(Generic[A]):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls._class_hooks = frozenset(name for name in _HOOKS if hasattr(cls, name))
+        cls._class_hooks = frozenset(name for name in HOOKS if hasattr(cls, name))
         _register(cls)
 
     def __init__(
@@ -109,7 +90,7 @@ class Variable(Generic[A]):
         raw = self.create_value(value) if metadata or self._class_hooks else value
         if eager and metadata:
             raw = self._laid_out(raw)
-        if config.ref_by_default() if ref is None else ref:
+        if config.var_defaults().ref if ref is None else ref:
             raw = raw if isinstance(raw, jax.Ref) else jax.new_ref(raw)
         _set_raw(self, raw)
 
@@ -272,7 +253,7 @@ class Variable(Generic[A]):
     def _hooked(self, name: str, value: Any) -> Any:
         if name in self._class_hooks:
             value = getattr(self, name)(value)
-        for hook in _as_tuple(self._var_metadata.get(name, ())):
+        for hook in as_tuple(self._var_metadata.get(name, ())):
             value = hook(self, value)
         return value
 
@@ -375,7 +356,7 @@ class Variable(Generic[A]):
     def _axis_hooks(self, name: str, index: int, axis_name: str | None) -> None:
         if name in self._class_hooks:
             getattr(self, name)(index, axis_name)
-        for hook in _as_tuple(self._var_metadata.get(name, ())):
+        for hook in as_tuple(self._var_metadata.get(name, ())):
             hook(self, index, axis_name)
 
     # As a value.
@@ -436,8 +417,9 @@ def assign_all(variables: Iterable[Variable[Any]], values: Iterable[Any]) -> Non
     collections.deque(map(_set_raw, variables, values), maxlen=0)
 
 
-def _as_tuple(hooks: Any) -> Sequence[Callable[..., Any]]:
-    return hooks if isinstance(hooks, tuple | list) else (hooks,)
+def is_array_ref(value: Any) -> bool:
+    """Whether a value is a mutable array, or stands for one in a trace."""
+    return isinstance(value, jax.Ref)
 
 
 def _has_parts(raw: Any) -> bool:
@@ -479,48 +461,3 @@ def _register(cls: type[Variable[Any]]) -> None:
 
 add_operators(Variable)
 _register(Variable)
-
-
-class Param(Variable[A]):
-    """A parameter, to be trained."""
-
-
-class BatchStat(Variable[A]):
-    """A statistic of the data, as batch normalisation keeps them."""
-
-
-class Cache(Variable[A]):
-    """A value kept from one call to the next, as attention keeps keys and values."""
-
-
-class Intermediate(Variable[A]):
-    """What ``Module.sow`` stores."""
-
-
-class Perturbation(Intermediate[A]):
-    """What ``Module.perturb`` adds to a value, to take the value's gradient."""
-
-
-def with_metadata(
-    initializer: Any,
-    on_set_value: Any = (),
-    on_get_value: Any = (),
-    on_create_value: Any = (),
-    on_add_axis: Any = (),
-    on_remove_axis: Any = (),
-    **metadata: Any,
-) -> Any:
-    """Wrap an initialiser so that a variable made of its value gets this metadata and these hooks.
-
-    A hook is ``hook(variable, value) -> value``, for axes ``hook(variable, index, name)``; one or several each.
-    """
-    given = (on_get_value, on_set_value, on_create_value, on_add_axis, on_remove_axis)
-    hooks: Any = {name: tuple(_as_tuple(hook)) for name, hook in zip(_HOOKS, given, strict=True)}
-
-    def init(*args: Any, **kwargs: Any) -> VariableMetadata[Any]:
-        return VariableMetadata(initializer(*args, **kwargs), **hooks, metadata=metadata)
-
-    return init
-
-
-PARTITION_NAME = meta.PARTITION_NAME

@@ -15,7 +15,7 @@ from distaff.frontend.core.filters import CollectionFilter, in_filter
 from distaff.frontend.core.meta import unbox as unbox_value
 from distaff.frontend.nnx.bridge.variables import nnx_attrs_to_linen_vars, to_nnx_var
 from distaff.frontend.nnx.filters import Not
-from distaff.frontend.nnx.graph import state
+from distaff.frontend.nnx.graph_functions import state
 from distaff.frontend.nnx.module import Module as NNXModule
 from distaff.frontend.nnx.pytrees import PytreeMeta
 from distaff.frontend.nnx.rngs import Rngs, RngState

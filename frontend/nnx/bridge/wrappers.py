@@ -18,14 +18,14 @@ from distaff.frontend.nnx.bridge.variables import (
     to_nnx_var,
 )
 from distaff.frontend.nnx.filters import Not
-from distaff.frontend.nnx.graph import merge, split, state
+from distaff.frontend.nnx.graph_functions import merge, split, state
 from distaff.frontend.nnx.module import Module
 from distaff.frontend.nnx.pytrees import data
 from distaff.frontend.nnx.rngs import Rngs, RngState
 from distaff.frontend.nnx.state import State, to_flat_state
 from distaff.frontend.nnx.transforms.abstract import eval_shape
 from distaff.frontend.nnx.traversal import iter_graph
-from distaff.frontend.nnx.variable_names import variable_name_from_type
+from distaff.frontend.nnx.variable_kinds import variable_name_from_type
 from distaff.frontend.nnx.variables import Variable
 
 M = TypeVar("M", bound=Module)

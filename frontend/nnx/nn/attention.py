@@ -34,7 +34,7 @@ from distaff.frontend.nnx.nn.linear import LinearGeneral
 from distaff.frontend.nnx.nn.normalization import LayerNorm
 from distaff.frontend.nnx.pytrees import data
 from distaff.frontend.nnx.rngs import Rngs, RngStream
-from distaff.frontend.nnx.variables import Cache, Intermediate
+from distaff.frontend.nnx.variable_kinds import Cache, Intermediate
 
 
 def _check_heads(query: Array, key: Array, value: Array | None = None) -> None:

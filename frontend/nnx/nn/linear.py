@@ -54,7 +54,7 @@ from distaff.frontend.nnx.nn.fields import (
     value_of,
 )
 from distaff.frontend.nnx.rngs import Rngs
-from distaff.frontend.nnx.variables import VariableMetadata
+from distaff.frontend.nnx.variable_metadata import VariableMetadata
 
 default_bias_init = zeros
 default_embed_init = variance_scaling(1.0, "fan_in", "normal", out_axis=0)

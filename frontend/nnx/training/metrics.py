@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from distaff.frontend import struct
 from distaff.frontend.nnx.filters import Filter
-from distaff.frontend.nnx.graph import split
+from distaff.frontend.nnx.graph_functions import split
 from distaff.frontend.nnx.pytrees import Pytree
 from distaff.frontend.nnx.variables import Variable
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from distaff.frontend.nnx.filters import Filter
 from distaff.frontend.nnx.functional import as_pure
-from distaff.frontend.nnx.graph import state, update
+from distaff.frontend.nnx.graph_functions import state, update
 from distaff.frontend.nnx.pytrees import Pytree, data
-from distaff.frontend.nnx.variables import Param, Variable
+from distaff.frontend.nnx.variable_kinds import Param
+from distaff.frontend.nnx.variables import Variable
 
 M = TypeVar("M")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from distaff.frontend.nnx.extract import take
+from distaff.frontend.nnx.boundary import take
 from distaff.frontend.nnx.graphdef import graph_mode
 
 

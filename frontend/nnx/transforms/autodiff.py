@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distaff.frontend.nnx.extract import take
+from distaff.frontend.nnx.boundary import take
 from distaff.frontend.nnx.filters import Filter
 from distaff.frontend.nnx.graphdef import graph_mode
 from distaff.frontend.nnx.kinds import Kind, kind_of
@@ -20,7 +20,8 @@ from distaff.frontend.nnx.state import State, nest
 from distaff.frontend.nnx.structure import paths_of
 from distaff.frontend.nnx.transforms.compilation import check_not_bound, updates_mode
 from distaff.frontend.nnx.transforms.crossing import Entry, Exit
-from distaff.frontend.nnx.variables import Param, Variable
+from distaff.frontend.nnx.variable_kinds import Param
+from distaff.frontend.nnx.variables import Variable
 
 _MISSING: Any = object()
 

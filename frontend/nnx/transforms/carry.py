@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distaff.frontend.nnx.extract import Inside
+from distaff.frontend.nnx.boundary import Inside
 from distaff.frontend.nnx.object_trees import is_object
 from distaff.frontend.nnx.transforms.crossing import Entry
 from distaff.frontend.nnx.variables import Variable

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from distaff.frontend.nnx import config
-from distaff.frontend.nnx.extract import Outside, Signature, take
+from distaff.frontend.nnx.boundary import Outside, Signature, take
 from distaff.frontend.nnx.graphdef import graph_mode
 from distaff.frontend.nnx.object_trees import is_object
 from distaff.frontend.nnx.prefix_mapping import PrefixMapping

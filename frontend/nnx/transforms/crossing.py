@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from distaff.frontend.nnx.extract import Inside, Outside, Plan, take
+from distaff.frontend.nnx.boundary import Inside, Outside, Plan, take
 from distaff.frontend.nnx.filters import PathParts
 from distaff.frontend.nnx.object_trees import is_object
 from distaff.frontend.nnx.origin import Origin, describe_origin

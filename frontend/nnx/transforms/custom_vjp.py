@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distaff.frontend.nnx.extract import Outside, take
+from distaff.frontend.nnx.boundary import Outside, take
 from distaff.frontend.nnx.graphdef import Build, graph_mode
 from distaff.frontend.nnx.kinds import Kind, kind_of
 from distaff.frontend.nnx.object_trees import is_object

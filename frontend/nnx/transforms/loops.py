@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from distaff.frontend.core import axes_scan
-from distaff.frontend.nnx.extract import Inside
+from distaff.frontend.nnx.boundary import Inside
 from distaff.frontend.nnx.graphdef import graph_mode
 from distaff.frontend.nnx.prefix_mapping import PrefixMapping
 from distaff.frontend.nnx.transforms.carry import (

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 
 from distaff.frontend.jax_compat import is_mapped
 from distaff.frontend.nnx import spmd
-from distaff.frontend.nnx.extract import Inside
+from distaff.frontend.nnx.boundary import Inside
 from distaff.frontend.nnx.graphdef import graph_mode
 from distaff.frontend.nnx.transforms.compilation import check_not_bound, updates_mode
 from distaff.frontend.nnx.transforms.crossing import Entry, Exit
 from distaff.frontend.nnx.transforms.prefixes import values_of
-from distaff.frontend.nnx.variables import PARTITION_NAME, Variable
+from distaff.frontend.nnx.variable_metadata import PARTITION_NAME
+from distaff.frontend.nnx.variables import Variable
 
 _MISSING: Any = object()
 

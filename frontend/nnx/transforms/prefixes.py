@@ -6,14 +6,13 @@ object of the same structure with values for arrays, as ``nnx.prefix`` makes it.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from distaff.frontend.nnx.filters import Filter, PathParts, ordered_predicates
+from distaff.frontend.nnx.filters import Filter, PathIn, PathParts, filters_to_predicates
 from distaff.frontend.nnx.kinds import Kind, kind_of
 from distaff.frontend.nnx.object_trees import is_object
 from distaff.frontend.nnx.prefix_mapping import PrefixMapping, is_object_or_prefix
@@ -40,24 +39,14 @@ class StateAxes(PrefixMapping):
         return zip(self.filters, self.values, strict=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class _AtPaths:
-    """The filter that matches what stands at one of some paths."""
-
-    paths: frozenset[PathParts]
-
-    def __call__(self, path: PathParts, value: Any) -> bool:
-        return tuple(path) in self.paths
-
-
 class _ByPath(PrefixMapping):
     """What an object of specifications says of an object of the same structure."""
 
     def __init__(self, values: Iterable[tuple[PathParts, Any]]) -> None:
-        paths: dict[Any, set[PathParts]] = {}
+        paths: dict[Any, list[PathParts]] = {}
         for path, value in values:
-            paths.setdefault(value, set()).add(path)
-        super().__init__([(_AtPaths(frozenset(found)), value) for value, found in paths.items()])
+            paths.setdefault(value, []).append(path)
+        super().__init__([(PathIn(*found), value) for value, found in paths.items()])
 
 
 def _values_in(x: Any, path: PathParts = ()) -> Iterator[tuple[PathParts, Any]]:
@@ -178,7 +167,7 @@ def cell_values(structure: Structure, specifications: Sequence[Any]) -> list[Any
             found += [value] * (end - start)
             continue
         cells = structure.cells[start:end]
-        rules = list(zip(ordered_predicates(value.filters), value.values, strict=True))
+        rules = list(zip(filters_to_predicates(value.filters), value.values, strict=True))
         for path, cell in zip(paths_of(spec), cells, strict=True):
             x = cell if isinstance(cell, Variable) else cell._raw_value
             found.append(_first_match(rules, path, x, value))

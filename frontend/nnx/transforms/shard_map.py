@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from distaff.frontend.nnx.extract import take
+from distaff.frontend.nnx.boundary import take
 from distaff.frontend.nnx.graphdef import graph_mode
 from distaff.frontend.nnx.transforms.compilation import check_not_bound, pure_prefix, updates_mode
 
