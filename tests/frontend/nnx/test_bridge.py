@@ -124,7 +124,7 @@ def test_an_nnx_module_inside_linen_and_made_by_a_class():
     class Outer(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(2)(Linear(3, 5, name="inner")(x))
+            return nn.Dense(2)(Linear(args=(3, 5), name="inner")(x))
 
     variables = Outer().init(jax.random.key(0), X)
     assert set(variables["params"]) == {"inner", "Dense_0"} and set(variables["params"]["inner"]) == {"kernel"}
