@@ -13,7 +13,7 @@ from distaff.frontend.nnx.structure import container_items
 from distaff.frontend.nnx.variables import Variable
 
 
-def _children(x: Any, graph: bool) -> list[tuple[Any, Any]]:
+def keyed_children(x: Any, graph: bool) -> list[tuple[Any, Any]]:
     """Keys and children; in tree mode, only what JAX sees."""
     if isinstance(x, Pytree):
         named = ((key, name, x.__dict__[name]) for key, name in sorted_attributes(x))
@@ -42,7 +42,7 @@ def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Pat
                     "only, and no node inside itself. Use graph mode: graph=True."
                 )
             seen.add(id(x))
-        for key, child in _children(x, graph):
+        for key, child in keyed_children(x, graph):
             yield from walk(child, (*path, key), (*above, id(x)) if not graph else above)
         yield path, x
 
@@ -51,7 +51,7 @@ def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Pat
 
 def iter_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Any, Any]]:
     """Keys and values of the direct children that are nodes, variables or containers of them."""
-    for key, child in _children(node, graph_mode(graph)):
+    for key, child in keyed_children(node, graph_mode(graph)):
         if isinstance(child, Pytree | Variable):
             yield key, child
 
@@ -71,7 +71,7 @@ def recursive_map(f: Any, node: Any, /, *, graph: bool | None = None) -> Any:
         if kind is Kind.NODE:
             fresh = empty_node(type(x), x.__dict__)
             done[id(x)] = x, fresh
-            for key, child in _children(x, graph):
+            for key, child in keyed_children(x, graph):
                 fresh.__dict__[str(key)] = walk(child, (*path, key))
             result = f(path, fresh)
         elif kind is Kind.CONTAINER:
@@ -100,7 +100,7 @@ def find_duplicates(node: Any, /, *, only: Filter = ...) -> list[list[PathParts]
             if known or (id(x) in visited):
                 return
             visited.add(id(x))
-        for key, child in _children(x, True):
+        for key, child in keyed_children(x, True):
             walk(child, (*path, key))
 
     visited: set[int] = set()

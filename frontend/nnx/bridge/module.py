@@ -186,7 +186,9 @@ class Module(NNXModule, metaclass=ModuleMeta):
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
         if type(value) is ModuleState:
-            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r} yet, but was given variables of it.")
+            raise AttributeError(
+                f"{type(self).__name__!r} has no attribute {name!r} yet, but was given variables of it."
+            )
         return value
 
     @property
@@ -276,7 +278,8 @@ class Module(NNXModule, metaclass=ModuleMeta):
             raise ValueError(f"The variable {name!r} of {col!r} is not among those given to apply, and has no init_fn.")
         made = to_nnx_var(col, init_fn(*init_args, **init_kwargs))
         setattr(self, name, made if unbox else to_nnx_var(col, unbox_value(made.get_raw_value())))
-        return vars(self)[name]  # type: ignore[no-any-return]
+        found: Variable[Any] = vars(self)[name]
+        return found
 
     @property
     def variables(self) -> FrozenDict[str, Any]:
@@ -354,11 +357,12 @@ def _give(module: Module, name: str, value: Any) -> None:
 
 def _unbound(method: Any, cls: type[Module]) -> Callable[..., Any]:
     """The function of a method that is given by name, as bound method or as function."""
-    found = inspect.getattr_static(cls, method, None) if isinstance(method, str) else method
+    found: Any = inspect.getattr_static(cls, method, None) if isinstance(method, str) else method
     if isinstance(method, str) and not callable(found):
         return lambda module, *args, **kwargs: getattr(module, method)(*args, **kwargs)  # a submodule
     if inspect.ismethod(found) and isinstance(found.__self__, Module):
         found = found.__func__
     if not callable(found) or not inspect.signature(found).parameters:
         raise errors.ApplyModuleInvalidMethodError(found)
-    return found
+    function: Callable[..., Any] = found
+    return function
