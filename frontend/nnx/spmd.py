@@ -75,19 +75,27 @@ def as_abstract(tree: Any, graph: bool | None = None) -> Any:
         ValueError: a variable has names, but neither it nor ``jax.set_mesh`` has a mesh.
     """
 
+    return _with_shardings(tree, None, graph)
+
+
+def _with_shardings(tree: Any, mesh: Mesh | None, graph: bool | None) -> Any:
+    """As ``as_abstract``, all on ``mesh`` if it is given."""
+
     def annotated(path: Any, x: Any) -> Any:
         value = x.get_raw_value() if _is_variable(x) else x
         if not _is_variable(x) or not isinstance(value, jax.ShapeDtypeStruct) or not x.sharding_names:
             return x
-        if isinstance(value.sharding, NamedSharding) and value.sharding.spec != PartitionSpec():
+        spec = value.sharding.spec if isinstance(value.sharding, NamedSharding) else PartitionSpec()
+        if spec != PartitionSpec() and mesh is None:
             return x
-        mesh = x.get_metadata("mesh", None) or meta.get_global_mesh()
-        if mesh is None:
+        used = mesh or x.get_metadata("mesh", None) or meta.get_global_mesh()
+        if used is None:
             raise ValueError(
                 f"The variable {'.'.join(map(str, path))} has axis names, but there is no mesh: jax.set_mesh."
             )
-        sharding = NamedSharding(mesh, get_var_pspec(x) or PartitionSpec())
-        return x.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
+        if spec == PartitionSpec():
+            spec = get_var_pspec(x) or spec
+        return x.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(used, spec)))
 
     return map_object(annotated, tree, graph=graph)
 
@@ -100,7 +108,7 @@ def get_abstract_model(init_fn: Callable[[], Any], mesh: Mesh, *, graph: bool | 
     from distaff.frontend.nnx.transforms.abstract import eval_shape
 
     with jax.set_mesh(mesh):
-        return split(as_abstract(eval_shape(init_fn, graph=graph), graph=graph), graph=graph)
+        return split(_with_shardings(eval_shape(init_fn, graph=graph), mesh, graph), graph=graph)
 
 
 # What transforms that map over an axis of a variable do to its names.
