@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jax._src import core as _src_core
 from jax._src import dtypes, earray
+from jax._src.hijax import Box as Box
 from jax._src.interpreters import batching as _batching
 from jax._src.interpreters import pxla
 from jax.extend import core as _core
@@ -48,6 +49,11 @@ def made_by_current_trace(x: Any) -> bool:
 def is_mapped(x: Any) -> bool:
     """Whether ``x`` differs from row to row of the innermost running transform, which is a ``vmap``."""
     return isinstance(x, _batching.BatchTracer) and x.batch_dim is not None and made_by_current_trace(x)
+
+
+def mapped_axis(x: Any) -> int:
+    """Which axis of the whole value is that of the rows, of what ``is_mapped``."""
+    return x.batch_dim  # type: ignore[no-any-return]
 
 
 def row_type(x: Any) -> Any:

@@ -67,6 +67,7 @@ from distaff.frontend.nnx.graph_functions import update as update
 from distaff.frontend.nnx.graph_functions import variables as variables
 from distaff.frontend.nnx.graph_state import GraphState as GraphState
 from distaff.frontend.nnx.graphdef import GraphDef as GraphDef
+from distaff.frontend.nnx.graphdef import PureState as PureState
 from distaff.frontend.nnx.kinds import has_data as has_data
 from distaff.frontend.nnx.kinds import is_data as is_data
 from distaff.frontend.nnx.kinds import register_data_type as register_data_type
@@ -224,4 +225,5 @@ from distaff.frontend.nnx.variable_kinds import variable_type_from_name as varia
 from distaff.frontend.nnx.variable_metadata import PARTITION_NAME as PARTITION_NAME
 from distaff.frontend.nnx.variable_metadata import VariableMetadata as VariableMetadata
 from distaff.frontend.nnx.variable_metadata import with_metadata as with_metadata
+from distaff.frontend.nnx.variables import A as A
 from distaff.frontend.nnx.variables import Variable as Variable

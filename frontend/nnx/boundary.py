@@ -10,16 +10,18 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
 
-from distaff.frontend.nnx.graphdef import Build, Spec
+from distaff.frontend.nnx.graphdef import Build, Spec, as_output, from_output
 from distaff.frontend.nnx.object_trees import WHOLE, Layout, Taken, count_objects, put_tree, take_tree
+from distaff.frontend.nnx.origin import describe_origin
 from distaff.frontend.nnx.prefix_mapping import PrefixMapping, check_aliases, object_prefixes
+from distaff.frontend.nnx.pytrees import Pytree
 from distaff.frontend.nnx.structure import ItemCell, Structure, Walk, structure_of
-from distaff.frontend.nnx.variables import Variable, assign_all, is_array_ref
+from distaff.frontend.nnx.variables import Variable, assign_all, changes_in_place
 
 
 class Leaves(NamedTuple):
@@ -189,13 +191,14 @@ class Inside:
         trees: the trees with objects again.
         objects: the objects in them.
         cells: their variables and arrays, in the order of the signature's leaves.
+        values: what these came with.
     """
 
     def __init__(self, signature: Signature, trees: Sequence[Any]) -> None:
         self.signature = signature
         leaves, packed = signature.split_trees(trees)
-        self._values = signature.leaves.unpack(packed)
-        build, remaining = Build(), iter(self._values)
+        self.values = signature.leaves.unpack(packed)
+        build, remaining = Build(), iter(self.values)
         self.objects = [build.make_with(spec, remaining) for spec in signature.specs]
         self.trees = signature.join_trees(leaves, self.objects)
         walk = Walk()
@@ -229,7 +232,8 @@ class Inside:
             ``(updates, out, static)``: the first two are trees of arrays, the last is to be passed out as it is.
 
         Raises:
-            ValueError: without ``structure_updates``, a variable that was given is returned, or one is returned twice.
+            ValueError: an object of another trace is returned; without ``structure_updates``, a variable that was
+                given, or (in tree mode) one twice.
         """
         walk = Walk()
         spans = walk.visit_all(self.objects)
@@ -248,14 +252,17 @@ class Inside:
         else:
             leaves, cells = self.signature.leaves, self.cells
             changed = list(range(len(cells))) if whole else self._changed(structure_updates, complete, also)
+        self._check_out(out, structure_updates)
         if not structure_updates:
-            self._check_no_alias(out)
             walk = Walk()
         taken, pure_out, out_specs, out_leaves = _take_out(out, walk, out_prefix)
-        values = [_returned(cells[i], structure_updates) for i in changed]
+        refs = {id(value) for value in self.values if changes_in_place(value)}
+        values = [_returned(cells[i], structure_updates, refs) for i in changed]
         updates = self.signature.updates_tree(leaves.pack(values)) if whole else values
         metadata = () if structure_updates else self._changed_metadata()
-        variables_only = all(isinstance(cells[i], Variable) for i in changed)
+        variables_only = all(
+            isinstance(cells[i], Variable) and not changes_in_place(cells[i]._raw_value) for i in changed
+        )
         plan = Plan(
             taken.layout, out_specs, out_leaves, tuple(changed), variables_only, leaves, whole, metadata, specs, known
         )
@@ -265,12 +272,12 @@ class Inside:
         """Whether no array in a container was replaced, and none has to be."""
         return all(
             not isinstance(cell, ItemCell) or (cell._raw_value is before and not all_returned)
-            for cell, before in zip(cells, self._values, strict=True)
+            for cell, before in zip(cells, self.values, strict=True)
         )
 
     def assigned(self) -> list[int]:
         """Which of the cells hold another value than they came with."""
-        pairs = zip(self.cells, self._values, strict=True)
+        pairs = zip(self.cells, self.values, strict=True)
         return [i for i, (cell, before) in enumerate(pairs) if cell._raw_value is not before]
 
     def _changed(self, arrays_too: bool, complete: frozenset[int], also: frozenset[int]) -> list[int]:
@@ -280,7 +287,7 @@ class Inside:
         }
         return [
             i
-            for i, (cell, before) in enumerate(zip(self.cells, self._values, strict=True))
+            for i, (cell, before) in enumerate(zip(self.cells, self.values, strict=True))
             if i in kept or i in also or (cell._raw_value is not before and (arrays_too or isinstance(cell, Variable)))
         ]
 
@@ -292,25 +299,51 @@ class Inside:
             if cell._var_metadata is not before
         )
 
-    def _check_no_alias(self, out: Any) -> None:
-        seen = {id(cell) for cell in self.cells if isinstance(cell, Variable)}
+    def _check_out(self, out: Any, structure_updates: bool) -> None:
+        """Refuse objects in the result that are of another trace, or of which there would be two outside."""
+        given = {id(cell) for cell in self.cells if isinstance(cell, Variable)}
+        returned: set[int] = set()
         for x in take_tree(out).objects:
             walk = Walk()
             walk.visit(x)
-            for cell in walk.cells:
-                if isinstance(cell, Variable) and id(cell) in seen:
+            for y in walk.objects:
+                if isinstance(y, Variable) and not structure_updates and id(y) in given | returned:
                     raise ValueError(
-                        f"Duplicate {type(cell).__name__}: it is returned, and was given or is returned twice. "
-                        "Without graph updates that is not supported. Return a copy (nnx.clone), or pass graph=True "
-                        "and graph_updates=True to the transform."
+                        f"Duplicate {type(y).__name__}: it is returned, and was given or is returned twice, but "
+                        "without graph updates a transform does not support Variable aliasing. Return a copy "
+                        "(nnx.clone), or pass graph=True and graph_updates=True to the transform."
                     )
-            seen.update(map(id, walk.cells))
+                if (isinstance(y, Variable) or (structure_updates and isinstance(y, Pytree))) and not y._can_update:
+                    raise ValueError(_captured_message(y, structure_updates))
+            if not self.signature.graph:
+                returned.update(map(id, walk.objects))
 
 
-def _returned(cell: Any, arrays_too: bool) -> Any:
-    """A value as a transform may return it; None if it is not assigned, as mutable arrays changed in place."""
+def _captured_message(x: Any, structure_updates: bool) -> str:
+    found = (
+        f"Cannot extract graph node from different trace level, a {type(x).__name__}"
+        if structure_updates
+        else f"Cannot return captured Variable, a {type(x).__name__}"
+    )
+    made = describe_origin(x._origin) if isinstance(x, Variable) else ""
+    return (
+        f"{found} that was made{made} outside of the function that returns it. Pass it to the function as an argument, "
+        "or return a copy (nnx.clone)."
+    )
+
+
+def _returned(cell: Any, arrays_too: bool, refs: Set[int]) -> Any:
+    """A value as a transform may return it; None if it is not assigned, as mutable arrays changed in place.
+
+    Args:
+        cell: what holds it.
+        arrays_too: whether others than variables are assigned.
+        refs: the ids of the mutable arrays that were given; others are new.
+    """
     value = cell._raw_value
-    return None if is_array_ref(value) or not (arrays_too or isinstance(cell, Variable)) else value
+    if id(value) in refs or not (arrays_too or isinstance(cell, Variable)):
+        return None
+    return as_output(value)
 
 
 def _take_out(out: Any, walk: Walk, prefix: Any) -> tuple[Taken, Any, tuple[Spec, ...], Leaves]:
@@ -322,7 +355,7 @@ def _take_out(out: Any, walk: Walk, prefix: Any) -> tuple[Taken, Any, tuple[Spec
     prefixes = None if prefix is None else object_prefixes([taken], [prefix])
     cells = walk.cells[known[0] :]
     leaves = _leaves(specs, cells, [(start - known[0], end - known[0]) for start, end in spans], prefixes)
-    packed = leaves.pack([cell._raw_value for cell in cells])
+    packed = leaves.pack([as_output(cell._raw_value) for cell in cells])
     return taken, put_tree(taken.leaves, taken.layout, packed), specs, leaves
 
 
@@ -382,7 +415,7 @@ class Plan(NamedTuple):
         else:
             for cell, value in zip(targets, updates, strict=True):
                 if value is not None:
-                    cell.write(value)
+                    cell.write(from_output(value))
         for i, metadata in self.metadata:
             variable: Any = structure.cells[i]
             variable.set_metadata(metadata)
@@ -405,10 +438,10 @@ def _numbered(outside: Outside) -> list[Any]:
 
 
 class Static:
-    """A pytree without leaves that carries a ``Plan`` out of a trace; equal to itself alone."""
+    """A pytree without leaves that carries a value out of a trace; equal to itself alone."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 jax.tree_util.register_static(Static)

@@ -9,25 +9,38 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
 
+from distaff.frontend.configurations import config
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class _Values(threading.local):
-    graph_mode = True
-    graph_updates = True
-    eager_sharding = True
-    hijax = False
-    ref = False
+_values = threading.local()  # those that this thread has set
+_FLAGS = {  # where the others are
+    "graph_mode": "nnx_graph_mode",
+    "graph_updates": "nnx_graph_updates",
+    "eager_sharding": "flax_always_shard_variable",
+    "hijax": "flax_hijax_variable",
+}
 
 
-_values = _Values()
+def current(name: str) -> bool:
+    """The value of a setting that holds here."""
+    value = getattr(_values, name, None)
+    return _default(name) if value is None else value
 
 
-def _assign(changes: Mapping[str, bool]) -> dict[str, bool]:
-    """Set values; gives those before."""
-    before = {name: getattr(_values, name) for name in changes}
+def _default(name: str) -> bool:
+    return name in _FLAGS and config._read(_FLAGS[name])
+
+
+def _assign(changes: Mapping[str, bool | None]) -> dict[str, bool | None]:
+    """Set values, or with None the default; gives what was set before."""
+    before = {name: getattr(_values, name, None) for name in changes}
     for name, value in changes.items():
-        setattr(_values, name, value)
+        if value is not None:
+            setattr(_values, name, value)
+        elif hasattr(_values, name):
+            delattr(_values, name)
     return before
 
 
@@ -73,12 +86,12 @@ class _Switch(_Setting):
     @classmethod
     def current_value(cls) -> bool:
         """The value that holds here."""
-        return getattr(_values, cls._name)  # type: ignore[no-any-return]
+        return current(cls._name)
 
     @classmethod
     def get_default(cls) -> bool:
-        """The value where none was set."""
-        return getattr(_Values, cls._name)  # type: ignore[no-any-return]
+        """The value where none was set: that of ``flax.config``."""
+        return _default(cls._name)
 
 
 class set_graph_mode(_Switch, name="graph_mode"):
@@ -126,4 +139,4 @@ def var_defaults(*, hijax: bool | None = None, ref: bool | None = None) -> VarDe
         ref: keep values in mutable arrays.
     """
     changes = {name: value for name, value in (("hijax", hijax), ("ref", ref)) if value is not None}
-    return _Setting(changes) if changes else VarDefaults(_values.hijax, _values.ref)
+    return _Setting(changes) if changes else VarDefaults(current("hijax"), current("ref"))

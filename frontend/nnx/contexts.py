@@ -17,13 +17,13 @@ import jax
 from distaff.frontend import struct
 from distaff.frontend.nnx import graph_functions as graphs
 from distaff.frontend.nnx.filters import Filter
-from distaff.frontend.nnx.graphdef import Build, GraphDef, NodeDef, nested_leaves
+from distaff.frontend.nnx.graphdef import Build, GraphDef, NodeDef, NoUpdate, as_output, nested_leaves
 from distaff.frontend.nnx.object_trees import is_object
 from distaff.frontend.nnx.prefix_mapping import broadcast_prefix
 from distaff.frontend.nnx.state import FlatState, State, split_flat
 from distaff.frontend.nnx.structure import Walk
 from distaff.frontend.nnx.traversal import iter_graph
-from distaff.frontend.nnx.variables import Variable
+from distaff.frontend.nnx.variables import Variable, changes_in_place
 
 _Decorated = Callable[..., Any]
 MISSING: Any = object()
@@ -112,6 +112,9 @@ class SplitContext:
         if not with_paths:
             return definition, [cell._raw_value for cell in cells]
         leaves = [cell if isinstance(cell, Variable) else cell._raw_value for cell in cells]
+        if context is not None and context.inner:
+            known = {id(x) for x in context.inner}
+            leaves = [_leaving(x, id(x) in known) for x in leaves]
         flat = FlatState.from_sorted_keys_values(definition.paths, leaves)
         return (definition, *split_flat(flat, filters)) if filters else (definition, flat)
 
@@ -123,6 +126,15 @@ class SplitContext:
         if not filters:
             return definition, State(nested_leaves(definition.root, iter(flat[0].leaves)), _copy=False)
         return (definition, *(group.to_nested_state() for group in flat))
+
+
+def _leaving(x: Any, known: bool) -> Any:
+    """A variable or mutable array on its way out of a transform, which these cannot pass themselves."""
+    stored = x._raw_value if isinstance(x, Variable) else x
+    if not changes_in_place(stored):
+        return x
+    passed = NoUpdate() if known else as_output(stored)
+    return x._of(passed, x._var_metadata) if isinstance(x, Variable) else passed
 
 
 class MergeContext:
@@ -177,7 +189,7 @@ def merge_context(ctxtag: Hashable | None = None, inner: bool | None = None) -> 
 class NodeStates(struct.PyTreeNode):
     """An object in a tree of JAX: its definition, static, and its states."""
 
-    _graphdef: GraphDef[Any] | None = struct.field(pytree_node=False)
+    _graphdef: GraphDef[Any] | None
     states: tuple[Any, ...]
     metadata: Any = struct.field(pytree_node=False, default=None)
 
@@ -237,6 +249,7 @@ def _split_object(context: SplitContext, path: Any, prefix: Any, leaf: Any) -> N
 
 def _map_with_prefix(f: Callable[[Any, Any, Any], Any], tree: Any, prefix: Any, is_leaf: Callable[[Any], bool]) -> Any:
     """The tree of ``f(key path, what the prefix has there, leaf)``."""
+    treedef: Any
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     given = [prefix] * len(leaves)
     if prefix is not MISSING and prefix is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,9 +13,12 @@ from distaff.frontend.nnx.graph_state import GraphState
 from distaff.frontend.nnx.graphdef import Build, GraphDef, NodeDef, graph_mode, leaves_of, nested_leaves
 from distaff.frontend.nnx.kinds import Kind, kind_of
 from distaff.frontend.nnx.pytrees import Pytree
+from distaff.frontend.nnx.ref_maps import IndexMap, RefMap
 from distaff.frontend.nnx.state import FlatState, State, filter_flat, merge_nested, raw_dict, split_flat
-from distaff.frontend.nnx.structure import Structure, structure_of
-from distaff.frontend.nnx.variables import Variable
+from distaff.frontend.nnx.structure import Structure, Walk, structure_of
+from distaff.frontend.nnx.variables import Variable, is_array_ref
+
+_MISSING: Any = object()
 
 
 def _leaf(cell: Any) -> Any:
@@ -30,7 +33,10 @@ def _state_of(found: Structure) -> Any:
 
 
 def _flat_state_of(found: Structure) -> FlatState[Any]:
-    return FlatState.from_sorted_keys_values(found.graphdef.paths, [_leaf(cell) for cell in found.cells])
+    paths, leaves = found.graphdef.paths, [_leaf(cell) for cell in found.cells]
+    if found.graph:
+        return FlatState.from_sorted_keys_values(paths, leaves)
+    return FlatState(zip(paths, leaves, strict=True), sort=True)
 
 
 def graphdef(node: Any, /, *, graph: bool | None = None) -> GraphDef[Any]:
@@ -76,23 +82,40 @@ def state(node: Any, *filters: Filter, graph: bool | None = None) -> Any:
 variables = state
 
 
-def merge(graphdef: Any, /, *states: Any, copy: bool = False, recreate_variables: bool = True) -> Any:
+def merge(
+    graphdef: Any, state: Any = _MISSING, /, *states: Any, copy: bool = False, recreate_variables: bool = True
+) -> Any:
     """Make the object of a definition and one or more states; the inverse of ``split``.
 
     Args:
-        graphdef: the definition, or a ``GraphState``.
-        states: ``State`` objects or nested dicts, with variables or plain values as leaves; or a ``FlatState``, or
-            a list of leaves in order.
+        graphdef: the definition; or a ``GraphState``, and then the states are others of the same definition.
+        state: a ``State`` or nested dict, with variables or plain values as leaves; or a ``FlatState``, or a list of
+            leaves in order; ``states`` likewise.
         copy: make new variables of those in the states, which the object shares otherwise.
-        recreate_variables: make new variables of those that cannot be assigned under the running JAX transform.
+        recreate_variables: make new variables of those that cannot be assigned under the running JAX transform, and
+            of plain values; otherwise these take the places of variables.
 
     Raises:
-        ValueError: the states lack leaves that the definition has, or have others.
+        TypeError: there is no state.
+        ValueError: the states lack leaves that the definition has, or have others; of several ``GraphState``, not all
+            have the same definition.
     """
+    given = states if state is _MISSING else (state, *states)
     if isinstance(graphdef, GraphState):
-        graphdef, states = graphdef.graphdef, (graphdef, *states)
-    leaves = leaves_in_order(graphdef, [s.state if isinstance(s, GraphState) else s for s in states])
+        given = (graphdef._state, *(_state_with(graphdef._graphdef, x) for x in given))
+        graphdef = graphdef._graphdef
+    elif not given:
+        raise TypeError("merge() missing 1 required positional argument: 'state'")
+    leaves = leaves_in_order(graphdef, list(given))
     return Build(iter(leaves), copy=copy, recreate=recreate_variables).make(graphdef.root)
+
+
+def _state_with(definition: GraphDef[Any], x: Any) -> State:
+    if not isinstance(x, GraphState):
+        raise ValueError(f"Expected GraphState objects after the first one, got {type(x).__name__}.")
+    if x._graphdef != definition:
+        raise ValueError(f"GraphDef must be the same for all GraphStates, got {definition} and {x._graphdef}.")
+    return x._state
 
 
 def leaves_in_order(graphdef: GraphDef[Any], states: list[Any]) -> list[Any]:
@@ -112,20 +135,79 @@ def leaves_in_order(graphdef: GraphDef[Any], states: list[Any]) -> list[Any]:
         if not isinstance(given, FlatState):
             return leaves_of(graphdef, given)
     nested = [s.to_nested_state() if isinstance(s, FlatState) else s for s in states]
+    if not isinstance(graphdef.root, NodeDef):
+        nested = _without_empty(nested)
+        return leaves_of(graphdef, nested[0] if len(nested) == 1 else merge_nested(nested))
     return leaves_of(graphdef, merge_nested(nested))
 
 
-def flatten(node: Any, /, *, with_paths: bool = True, graph: bool | None = None) -> tuple[GraphDef[Any], Any]:
-    """The definition and a ``FlatState``; without ``with_paths``, a list of the raw values instead."""
-    found = structure_of((node,), graph_mode(graph))
-    return found.graphdef, _flat_state_of(found) if with_paths else found.values()
+def _without_empty(states: Iterable[Any]) -> list[Any]:
+    """The states but those with nothing in them, as ``split`` by filters gives of a variable."""
+    return [s for s in states if not (isinstance(s, Mapping) and not s)]
+
+
+def flatten(
+    node: Any,
+    /,
+    *,
+    ref_index: RefMap | None = None,
+    ref_outer_index: RefMap | None = None,
+    with_paths: bool = True,
+    graph: bool | None = None,
+) -> tuple[GraphDef[Any], Any]:
+    """The definition and a ``FlatState``; without ``with_paths``, a list of the raw values instead.
+
+    Args:
+        node: an object, or a tree of objects.
+        ref_index: numbers that objects have already; those found are added.
+        ref_outer_index: other numbers of some objects, which the definition is to remember for ``unflatten``.
+        with_paths: give paths too.
+        graph: as for ``split``.
+    """
+    follow = graph_mode(graph)
+    if ref_index is None and ref_outer_index is None:
+        found = structure_of((node,), follow)
+        return found.graphdef, _flat_state_of(found) if with_paths else found.values()
+    numbers, outside = RefMap() if ref_index is None else ref_index, ref_outer_index or RefMap()
+    walk = Walk(follow, sorted(numbers, key=numbers.__getitem__))
+    walk.visit_all([node])
+    numbers.update((x, i) for i, x in enumerate(walk.objects))
+    for x in (cell._raw_value for cell in walk.cells if is_array_ref(cell._raw_value)):
+        numbers.setdefault(x, len(numbers))  # those in variables too
+    outer = tuple((i, outside[x]) for i, x in enumerate(walk.objects) if x in outside)
+    definition: GraphDef[Any] = GraphDef(walk.specs[0], len(walk.cells), follow, outer)
+    leaves = [_leaf(cell) if with_paths else cell._raw_value for cell in walk.cells]
+    return definition, FlatState(zip(definition.paths, leaves, strict=True), sort=not follow) if with_paths else leaves
 
 
 def unflatten(
-    graphdef: GraphDef[Any], state: Any, /, *, copy_variables: bool = False, recreate_variables: bool = True
+    graphdef: GraphDef[Any],
+    state: Any,
+    /,
+    *,
+    index_ref: IndexMap | None = None,
+    outer_index_outer_ref: Mapping[int, Any] | None = None,
+    copy_variables: bool = False,
+    recreate_variables: bool = True,
 ) -> Any:
-    """As ``merge``, of one state."""
-    return merge(graphdef, state, copy=copy_variables, recreate_variables=recreate_variables)
+    """As ``merge``, of one state.
+
+    Args:
+        graphdef: the definition.
+        state: the state.
+        index_ref: objects that earlier numbers stand for; those made are added.
+        outer_index_outer_ref: objects by the numbers of ``ref_outer_index``, to be changed instead of making new ones.
+        copy_variables: as ``copy`` of ``merge``.
+        recreate_variables: as for ``merge``.
+    """
+    outside = outer_index_outer_ref or {}
+    existing = {new: outside[old] for new, old in graphdef.outer if old in outside}
+    build = Build((), copy=copy_variables, recreate=recreate_variables, existing=existing)
+    build.objects.update(index_ref or {})
+    made = build.make_with(graphdef.root, leaves_in_order(graphdef, [state]))
+    if index_ref is not None:
+        index_ref.update(build.objects)
+    return made
 
 
 def clone(node: Any, variables: bool = True, *, arrays: bool = False, graph: bool | None = None) -> Any:
@@ -166,7 +248,8 @@ def update(node: Any, state: Any, /, *states: Any) -> None:
         ValueError: a state has a subtree where the object has a constant.
     """
     if isinstance(node, Variable):
-        _assign(node, state)
+        for value in _without_empty((state, *states)):
+            _assign(node, value)
         return
     nested = [s.to_nested_state() if isinstance(s, FlatState) else s for s in (state, *states)]
     _update(node, merge_nested(nested) if len(nested) > 1 else raw_dict(nested[0]))
@@ -211,7 +294,7 @@ def _set_child(node: Any, key: Any, value: Any) -> None:
 
 
 def pop(node: Any, *filters: Filter) -> Any:
-    """Remove the variables that the filters match from an object; of one that stands at several places, the first.
+    """Remove the variables and arrays that the filters match from an object; of several places of one, the first.
 
     Returns:
         Their state; a tuple with one state for each filter if there are several.
@@ -225,7 +308,7 @@ def pop(node: Any, *filters: Filter) -> Any:
     groups: list[list[tuple[PathParts, Any]]] = [[] for _ in filters]
     for path, value in _flat_state_of(structure_of((node,))):
         matched = next((i for i, matches in enumerate(predicates) if matches(path, value)), None)
-        if isinstance(value, Variable) and matched is not None:
+        if matched is not None:
             groups[matched].append((path, value))
     for path, _ in itertools.chain(*groups):
         _remove(node, path)

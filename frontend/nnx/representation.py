@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from distaff.frontend.nnx.pytrees import Pytree, sorted_attributes
+from distaff.frontend.nnx.rngs import RngState
 from distaff.frontend.nnx.state import FlatState, State
 from distaff.frontend.nnx.traversal import iter_graph
 from distaff.frontend.nnx.variables import Variable
@@ -96,8 +97,9 @@ def _sizes(x: Any) -> str:
     totals: dict[str, tuple[int, int]] = {}
     for _, value in iter_graph(x, graph=True):
         if isinstance(value, Variable):
-            before, now = totals.get(type(value).__name__, (0, 0)), _counted(value)
-            totals[type(value).__name__] = before[0] + now[0], before[1] + now[1]
+            name = "RngState" if isinstance(value, RngState) else type(value).__name__
+            before, now = totals.get(name, (0, 0)), _counted(value)
+            totals[name] = before[0] + now[0], before[1] + now[1]
     parts = [f"{name}: {_amount(*total)}" for name, total in totals.items() if total[0]]
     if len(parts) > 1:
         parts.append(f"Total: {_amount(*map(sum, zip(*totals.values(), strict=True)))}")

@@ -222,8 +222,10 @@ class FlatState(Sequence[Any], Generic[V]):
 
         return represent(self)
 
-    def to_nested_state(self) -> State:
-        """As a ``State``."""
+    def to_nested_state(self) -> Any:
+        """As a ``State``; the value itself if it is one alone, without a path."""
+        if self._keys == ((),):
+            return self._values[0]
         return State(nest(self), _copy=False)
 
     def split(self, first: Filter, /, *filters: Filter) -> Any:

@@ -14,5 +14,6 @@ from distaff.frontend.nnx.variable_kinds import variable_name_from_type as varia
 from distaff.frontend.nnx.variable_kinds import variable_type_from_name as variable_type_from_name
 from distaff.frontend.nnx.variable_metadata import VariableMetadata as VariableMetadata
 from distaff.frontend.nnx.variable_metadata import with_metadata as with_metadata
+from distaff.frontend.nnx.variables import HijaxVariable as HijaxVariable
 from distaff.frontend.nnx.variables import Variable as Variable
 from distaff.frontend.nnx.variables import is_array_ref as is_array_ref

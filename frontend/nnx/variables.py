@@ -8,6 +8,7 @@ outer ones afterwards.
 from __future__ import annotations
 
 import collections
+import copy as copying
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from distaff.frontend import errors
 from distaff.frontend.core import spmd
-from distaff.frontend.jax_compat import running_trace
+from distaff.frontend.jax_compat import Box, running_trace
 from distaff.frontend.nnx import config
 from distaff.frontend.nnx.origin import Origin, describe_origin, find_origin
 from distaff.frontend.nnx.variable_metadata import HOOKS, VariableMetadata, as_tuple
@@ -41,13 +42,14 @@ class Variable(Generic[A]):
 
     Args:
         value: the value, or the ``VariableMetadata`` that a wrapped initialiser returned.
-        ref: keep the value in a mutable array (``jax.Ref``).
+        hijax: keep the value where JAX's own transforms may change it too: a function under ``jax.jit`` that gets the
+            variable, or refers to it, assigns it as if it were not transformed. Not differentiable.
+        ref: keep the value in a mutable array (``jax.Ref``), for which the same holds; its shape and dtype are fixed.
         eager_sharding: lay the value out by ``out_sharding`` now (default: ``nnx.use_eager_sharding``).
         metadata: names and values that stay with the variable, such as ``out_sharding``.
 
     Raises:
         ValueError: ``out_sharding`` is given and there is no mesh to lay the value out on.
-        NotImplementedError: ``hijax=True``.
     """
 
     __slots__ = ("__weakref__", "_origin", "_raw_value", "_trace", "_var_metadata")
@@ -77,22 +79,18 @@ class Variable(Generic[A]):
         if isinstance(value, VariableMetadata):
             metadata = {**metadata, **value.as_metadata()}
             value = value.raw_value
-        if hijax:
-            raise NotImplementedError(
-                "Variables as JAX types of their own (hijax=True) are not supported; leave it out."
-            )
         _set_trace(self, running_trace())
         _set_origin(self, find_origin())
-        eager = config.use_eager_sharding.current_value() if eager_sharding is None else eager_sharding
+        eager = config.current("eager_sharding") if eager_sharding is None else eager_sharding
         if not eager:
             metadata["eager_sharding"] = False
         _set_metadata(self, _with_current_names(metadata) if metadata else _NO_METADATA)
         raw = self.create_value(value) if metadata or self._class_hooks else value
         if eager and metadata:
             raw = self._laid_out(raw)
-        if config.var_defaults().ref if ref is None else ref:
-            raw = raw if isinstance(raw, jax.Ref) else jax.new_ref(raw)
-        _set_raw(self, raw)
+        if config.current("hijax") if hijax is None else hijax:
+            _set_metadata(self, {**self._var_metadata, "hijax": True})
+        _set_raw(self, _stored(raw, self.hijax, config.current("ref") if ref is None else ref))
 
     def _laid_out(self, value: Any) -> Any:
         names = self._var_metadata.get("out_sharding")
@@ -111,8 +109,8 @@ class Variable(Generic[A]):
 
     @property
     def hijax(self) -> bool:
-        """Whether the variable is a JAX type of its own: never."""
-        return False
+        """Whether JAX's own transforms may change the value."""
+        return self._var_metadata.get("hijax", False)  # type: ignore[no-any-return]
 
     @property
     def ref(self) -> bool:
@@ -122,7 +120,7 @@ class Variable(Generic[A]):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the value."""
-        return self._raw_value.shape  # type: ignore[no-any-return]
+        return self.get_raw_value().shape  # type: ignore[attr-defined, no-any-return]
 
     @property
     def sharding_names(self) -> Any:
@@ -215,10 +213,10 @@ class Variable(Generic[A]):
 
     @property
     def _can_update(self) -> bool:
-        return self._trace is running_trace()
+        return self._trace is running_trace() or changes_in_place(self._raw_value)
 
     def _check_can_update(self) -> None:
-        if self._trace is not running_trace():
+        if not self._can_update:
             raise errors.TraceContextError(
                 f"Cannot mutate {type(self).__name__} from a different trace level: it was made"
                 f"{describe_origin(self._origin)} outside of the JAX transform that runs now. Pass the variable, or "
@@ -228,7 +226,8 @@ class Variable(Generic[A]):
 
     def get_raw_value(self) -> A:
         """What is stored, without hooks; a ``jax.Ref`` if the value lies in one."""
-        return self._raw_value  # type: ignore[no-any-return]
+        raw = self._raw_value
+        return raw.get() if isinstance(raw, Box) else raw  # type: ignore[no-any-return]
 
     def set_raw_value(self, value: A, *, _unsafe_bypass_check: bool = False) -> None:
         """Replace what is stored, without hooks.
@@ -238,7 +237,10 @@ class Variable(Generic[A]):
         """
         if not _unsafe_bypass_check:
             self._check_can_update()
-        _set_raw(self, value)
+        if isinstance(self._raw_value, Box):
+            self._raw_value.set(value)
+        else:
+            _set_raw(self, value)
 
     raw_value = property(get_raw_value, set_raw_value)
 
@@ -260,6 +262,8 @@ class Variable(Generic[A]):
     def get_value(self, *, index: Any = _MISSING) -> A:
         """The value after the hooks ``on_get_value``; with ``index``, that part of it."""
         value = self._raw_value
+        if isinstance(value, Box):
+            value = value.get()
         if isinstance(value, jax.Ref):
             value = value[... if index is _MISSING else index]
             index = _MISSING
@@ -282,12 +286,12 @@ class Variable(Generic[A]):
         self._check_can_update()
         if self._class_hooks or self._var_metadata:
             value = self._hooked("on_set_value", value)
-        if index is _MISSING:
-            _set_raw(self, value)
-        elif isinstance(raw, jax.Array):
-            _set_raw(self, _with_part(raw, index, value))
+        if index is not _MISSING:
+            value = _with_part(self.get_raw_value(), index, value)
+        if isinstance(raw, Box):
+            raw.set(value)
         else:
-            raw[index] = value
+            _set_raw(self, value)
 
     value = property(lambda self: self.get_value(), lambda self, value: self.set_value(value))
 
@@ -306,20 +310,27 @@ class Variable(Generic[A]):
         """Take over the value and the metadata of another variable."""
         self._check_can_update()
         if isinstance(self._raw_value, jax.Ref) and not isinstance(variable_state._raw_value, jax.Ref):
-            self._raw_value[...] = variable_state._raw_value
+            self._raw_value[...] = variable_state.get_raw_value()
         else:
-            _set_raw(self, variable_state._raw_value)
+            self.set_raw_value(variable_state.get_raw_value())
         if self._var_metadata != variable_state._var_metadata:
             _set_metadata(self, variable_state._var_metadata)
 
     # Copies.
 
     def copy(self, value: Any = _MISSING, *, _copy_ref: bool = True, **updates: Any) -> Self:
-        """A new variable with the same value and metadata, but for what is given."""
-        raw = self._raw_value if value is _MISSING else value
-        if value is _MISSING and _copy_ref and isinstance(raw, jax.Ref):
+        """A new variable with the same value and metadata, but for what is given; ``hijax`` and ``ref`` too."""
+        raw, hijax = self._raw_value if value is _MISSING else value, self.hijax
+        if updates or isinstance(raw, Box) or (hijax and value is not _MISSING):
+            hijax, ref = updates.pop("hijax", hijax), updates.pop("ref", self.ref)
+            raw = raw.get() if isinstance(raw, Box) else raw
+            raw = _stored(raw[...] if isinstance(raw, jax.Ref) else raw, hijax, ref)
+        elif value is _MISSING and _copy_ref and isinstance(raw, jax.Ref):
             raw = jax.new_ref(raw[...])
-        return self.from_metadata(raw, {**self._var_metadata, **updates} if updates else self._var_metadata)
+        if not updates and hijax is self.hijax:
+            return self._of(raw, self._var_metadata)
+        metadata = {**self._var_metadata, **updates, "hijax": hijax}
+        return self._of(raw, {k: v for k, v in metadata.items() if k not in _DEFAULTS or v != _DEFAULTS[k]})
 
     replace = copy
     to_state = copy
@@ -327,6 +338,12 @@ class Variable(Generic[A]):
     @classmethod
     def from_metadata(cls, value: Any, attributes: dict[str, Any]) -> Self:
         """A variable that stores ``value`` as it is, with this metadata; no hook runs."""
+        metadata = {k: v for k, v in attributes.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
+        ref = metadata.pop("ref", isinstance(value, jax.Ref))
+        return cls._of(_stored(value, metadata.get("hijax", False), ref), metadata or _NO_METADATA)
+
+    @classmethod
+    def _of(cls, value: Any, attributes: dict[str, Any]) -> Self:
         made = object.__new__(cls)
         _set_raw(made, value)
         _set_metadata(made, attributes)
@@ -371,14 +388,16 @@ class Variable(Generic[A]):
         return self.get_value() if key is Ellipsis else self.get_value(index=key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if key is Ellipsis and not _has_parts(self._raw_value):
+        if key is Ellipsis and not _has_parts(self.get_raw_value()):
             self.set_value(value)
         else:
             self.set_value(value, index=key)
 
     def __delitem__(self, key: Any) -> None:
-        value: Any = self.get_value()
-        del value[key]
+        self._check_can_update()
+        changed: Any = copying.copy(self.get_raw_value())
+        del changed[key]
+        self.set_raw_value(changed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the value."""
@@ -417,21 +436,46 @@ def assign_all(variables: Iterable[Variable[Any]], values: Iterable[Any]) -> Non
     collections.deque(map(_set_raw, variables, values), maxlen=0)
 
 
+class _HijaxMeta(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, Variable) and instance.hijax
+
+
+class HijaxVariable(metaclass=_HijaxMeta):
+    """For ``isinstance``: variables of any type that were made with ``hijax=True``."""
+
+
 def is_array_ref(value: Any) -> bool:
     """Whether a value is a mutable array, or stands for one in a trace."""
     return isinstance(value, jax.Ref)
+
+
+def changes_in_place(value: Any) -> bool:
+    """Whether what a variable stores is assigned in place, in any trace: a mutable array, or a box of JAX's."""
+    return isinstance(value, jax.Ref | Box)
+
+
+def _stored(value: Any, hijax: bool, ref: bool) -> Any:
+    """What a variable stores for a value."""
+    if ref:
+        return value if isinstance(value, jax.Ref) else jax.new_ref(value)
+    return Box(value) if hijax and not isinstance(value, Box) else value
 
 
 def _has_parts(raw: Any) -> bool:
     return isinstance(raw, jax.Array | np.ndarray | jax.Ref)
 
 
-def _with_part(array: jax.Array, index: Any, value: Any) -> jax.Array:
-    """The array with a part replaced; its dtype stays."""
-    whole = index is Ellipsis and isinstance(value, jax.Array) and value.shape == array.shape
-    if whole and value.dtype == array.dtype and not getattr(value, "weak_type", False):
-        return value  # type: ignore[no-any-return]
-    return array.at[index].set(value)
+def _with_part(raw: Any, index: Any, value: Any) -> Any:
+    """A value with a part replaced. The dtype of an array stays; a NumPy array is changed itself, a dict is copied."""
+    if isinstance(raw, jax.Array):
+        whole = index is Ellipsis and isinstance(value, jax.Array) and value.shape == raw.shape
+        if whole and value.dtype == raw.dtype and not getattr(value, "weak_type", False):
+            return value
+        return raw.at[index].set(value)
+    changed: Any = raw if isinstance(raw, np.ndarray) else copying.copy(raw)
+    changed[index] = value
+    return changed
 
 
 def _with_current_names(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -454,7 +498,7 @@ def _register(cls: type[Variable[Any]]) -> None:
 
     def unflatten(metadata: Any, children: Iterable[Any]) -> Variable[Any]:
         (value,) = children
-        return cls.from_metadata(value, dict(metadata) if metadata else _NO_METADATA)
+        return cls._of(value, dict(metadata) if metadata else _NO_METADATA)
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
 

@@ -37,8 +37,7 @@ ABSENT = {
     "configurations": {
         "static_bool_env": "bool_flag reads the environment", "static_int_env": "int_flag reads the environment",
         "flax_filter_frames": "tracebacks are not filtered", "flax_use_flaxlib": NNX, "flax_array_ref": NNX,
-        "flax_pytree_module": NNX, "flax_max_repr_depth": NNX, "flax_always_shard_variable": NNX,
-        "flax_hijax_variable": NNX, "nnx_graph_mode": NNX, "nnx_graph_updates": NNX,
+        "flax_pytree_module": NNX, "flax_max_repr_depth": NNX,
     },
     "core.axes_scan": {"build_shaped_array": INTERNAL},
     "core.lift": dict.fromkeys(["CountsHolder", "TransformContext", "set_from_dict", "tree_map_rngs"], INTERNAL),

@@ -37,6 +37,11 @@ def _is_variable(x: Any) -> bool:
     return isinstance(x, Variable)
 
 
+def _with_plain_value(x: Any) -> Any:
+    """A variable that stores its value itself, whatever its metadata says of ``hijax``, for functions of arrays."""
+    return x._of(x.get_raw_value(), x._var_metadata) if _is_variable(x) else x
+
+
 def to_opt_state(tree: Any) -> Any:
     """The tree with its variables as ``OptVariable`` and its other arrays as ``OptArray``.
 
@@ -91,7 +96,8 @@ class Optimizer(Pytree, Generic[M]):
         self.graph = graph
         self.step = OptState(jnp.array(0, jnp.uint32))
         self.tx = tx
-        self.opt_state = data(to_opt_state(tx.init(state(model, wrt, graph=graph))))
+        params = jax.tree.map(_with_plain_value, state(model, wrt, graph=graph), is_leaf=_is_variable)
+        self.opt_state = data(to_opt_state(tx.init(params)))
         self.wrt = wrt
 
     def __getattr__(self, name: str) -> Any:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from distaff.frontend.jax_compat import is_mapped
+from distaff.frontend.jax_compat import is_mapped, mapped_axis
 from distaff.frontend.nnx import spmd
-from distaff.frontend.nnx.boundary import Inside
+from distaff.frontend.nnx.boundary import Inside, Static
 from distaff.frontend.nnx.graphdef import graph_mode
 from distaff.frontend.nnx.transforms.compilation import check_not_bound, updates_mode
 from distaff.frontend.nnx.transforms.crossing import Entry, Exit
-from distaff.frontend.nnx.transforms.prefixes import values_of
+from distaff.frontend.nnx.transforms.prefixes import check_prefix, values_of
 from distaff.frontend.nnx.variable_metadata import PARTITION_NAME
 from distaff.frontend.nnx.variables import Variable
 
@@ -53,6 +54,16 @@ def per_argument(axes: Any, count: int, name: str, transform: str) -> tuple[Any,
     return tuple(axes)
 
 
+def positional(
+    f: Callable[..., Any], axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, with those given by name in their places if there are axes for them."""
+    if isinstance(axes, tuple | list) and len(axes) > len(args) and kwargs:
+        bound = inspect.signature(f).bind(*args, **kwargs)
+        return bound.args, bound.kwargs
+    return args, kwargs
+
+
 def remove_names(inside: Inside, axes: Sequence[Any], metadata: Mapping[str, Any]) -> None:
     """Take the mapped axes out of the names of the arguments' variables."""
     for cell, axis in zip(inside.cells, axes, strict=True):
@@ -80,10 +91,9 @@ def _check_shared(transform: str, leaves: Sequence[Any], exit: Exit) -> None:
         else:
             fix = "give it an axis in out_axes"
         raise ValueError(
-            f"nnx.{transform}: {label or 'an output'} has the axis None, which says that all rows share its "
-            "value, but the "
-            f"function gave it one that differs from row to row, of shape {jnp.shape(leaf)} in each; {fix}. (JAX: got "
-            "axis spec None but output was batched.)"
+            f"Error at {transform}: {label or 'an output'} got axis spec None but output was batched on axis "
+            f"{mapped_axis(leaf)}. None says that all rows share one value, but the function gave it one that differs "
+            f"from row to row, of shape {jnp.shape(leaf)} in each; {fix}."
         )
 
 
@@ -110,12 +120,14 @@ def check_sizes(entry: Entry, axis_size: int | None = None) -> None:
 class _Rows:
     """A function of objects as one of arrays by axis, as ``jax.vmap`` maps it."""
 
-    def __init__(self, fn: Callable[..., Any], entry: Entry, out_axes: Any, metadata: Mapping[str, Any]) -> None:
+    def __init__(
+        self, fn: Callable[..., Any], entry: Entry, in_axes: Any, out_axes: Any, metadata: Mapping[str, Any]
+    ) -> None:
         self._fn = fn
         self._entry = entry
         self._out_axes = out_axes
         self._metadata = metadata
-        self.names = tuple(dict.fromkeys([*entry.cell_values, *values_of(out_axes)]))
+        self.names = tuple(dict.fromkeys([*entry.cell_values, *values_of(in_axes), *values_of(out_axes)]))
 
     def __call__(self, leaves: Sequence[Any]) -> tuple[Any, Any]:
         entry = self._entry
@@ -126,15 +138,7 @@ class _Rows:
         out = self._fn(*args, **kwargs)
         made, exit = entry.leave(inside, out, self._out_axes, prepare=namer(self._metadata))
         _check_shared(entry.transform, made, exit)
-        return _Static(exit), group(made, exit.values, self.names)
-
-
-@jax.tree_util.register_static
-class _Static:
-    """An ``Exit`` on its way out of a trace; equal to itself alone."""
-
-    def __init__(self, exit: Exit) -> None:
-        self.exit = exit
+        return Static(exit), group(made, exit.values, self.names)
 
 
 def vmap(
@@ -180,13 +184,16 @@ def vmap(
     check_not_bound(f, "vmap")
     follow = graph_mode(graph)
     updates, metadata = updates_mode(follow, graph_updates), dict(transform_metadata or {})
+    check_prefix(in_axes, "in_axes", "vmap", updates)
+    check_prefix(out_axes, "out_axes", "vmap", updates)
 
     @functools.wraps(f)
     def mapped(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = positional(f, in_axes, args, kwargs)
         axes = (*per_argument(in_axes, len(args), "in_axes", "vmap"), 0)
         entry = Entry("vmap", (*args, kwargs), follow, updates, axes)
         check_sizes(entry, axis_size)
-        rows = _Rows(f, entry, out_axes, metadata)
+        rows = _Rows(f, entry, in_axes, out_axes, metadata)
         static, groups = jax.vmap(
             rows,
             in_axes=(entry.values,),
@@ -195,7 +202,7 @@ def vmap(
             axis_size=axis_size,
             spmd_axis_name=spmd_axis_name,
         )(entry.leaves)
-        return entry.finish(static.exit, ungroup(groups, static.exit.values, rows.names))
+        return entry.finish(static.value, ungroup(groups, static.value.values, rows.names))
 
     return mapped
 
@@ -243,12 +250,15 @@ def pmap(
         raise NotImplementedError("nnx.pmap does not donate arguments; use nnx.jit with shardings, which does.")
     follow = graph_mode(graph)
     updates, metadata = updates_mode(follow, graph_updates), dict(transform_metadata or {})
+    check_prefix(in_axes, "in_axes", "pmap", updates)
+    check_prefix(out_axes, "out_axes", "pmap", updates)
     numbers = static_broadcasted_argnums
     statics = frozenset((numbers,) if isinstance(numbers, int) else numbers)
     compiled: dict[Any, tuple[_Rows, Any]] = {}
 
     @functools.wraps(f)
     def mapped(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = positional(f, in_axes, args, kwargs)
         fixed = {i: args[i] for i in sorted(statics) if i < len(args)}
         dynamic = [arg for i, arg in enumerate(args) if i not in fixed]
         axes: Any = in_axes
@@ -264,7 +274,7 @@ def pmap(
                 remaining = iter(given)
                 return f(*(fixed[i] if i in fixed else next(remaining) for i in range(len(args))), **kwargs)
 
-            rows = _Rows(with_fixed, entry.without_arrays(), out_axes, metadata)
+            rows = _Rows(with_fixed, entry.without_arrays(), in_axes, out_axes, metadata)
             compiled[key] = (
                 rows,
                 jax.pmap(
@@ -279,7 +289,7 @@ def pmap(
             )
         rows, run = compiled[key]
         static, groups = run(entry.leaves)
-        return entry.finish(static.exit, ungroup(groups, static.exit.values, rows.names))
+        return entry.finish(static.value, ungroup(groups, static.value.values, rows.names))
 
     return mapped
 
