@@ -237,7 +237,7 @@ class Module(NNXModule, metaclass=ModuleMeta):
         """The next key of a stream; ValueError outside of ``init`` and ``apply``."""
         if self.scope is None:
             raise ValueError(f"{type(self).__name__} has no random streams yet: call its `init` or `apply`.")
-        return self.scope.rngs[name]()  # type: ignore[no-any-return]
+        return self.scope.rngs[name]()
 
     def param(self, name: str, init_fn: Callable[..., Any], *init_args: Any, unbox: bool = True, **kwargs: Any) -> Any:
         """The parameter ``name``, an ``nnx.Param``; ``init_fn(key, *args)`` makes it if it was not given to ``apply``.
