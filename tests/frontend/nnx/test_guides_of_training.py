@@ -140,11 +140,11 @@ def test_intermediates_and_their_gradients(data):
     assert first.shape == x.shape
     _, perturbations = nnx.capture(model, nnx.Perturbation)(x)
 
-    def loss(perturbations):
+    def loss(perturbations, model):
         out, _ = nnx.capture(model, nnx.Intermediate, init=perturbations)(x)
         return ((out - y) ** 2).mean()
 
-    grads = nnx.grad(loss)(perturbations)
+    grads = nnx.grad(loss)(perturbations, model)
     last = np.asarray(grads["blocks"][1]["delta"].get_raw_value())
     np.testing.assert_allclose(last, 2 * (out - y) / y.size @ model.head.kernel[...].T, rtol=1e-4, atol=1e-6)
     shapes = nnx.capture(lambda model, x: model(x), method_outputs=nnx.Intermediate)
