@@ -20,8 +20,9 @@ from distaff.frontend.nnx.object_trees import WHOLE, Layout, Taken, count_object
 from distaff.frontend.nnx.origin import describe_origin
 from distaff.frontend.nnx.prefix_mapping import PrefixMapping, check_aliases, object_prefixes
 from distaff.frontend.nnx.pytrees import Pytree
+from distaff.frontend.nnx.stored_values import changes_in_place
 from distaff.frontend.nnx.structure import ItemCell, Structure, Walk, structure_of
-from distaff.frontend.nnx.variables import Variable, assign_all, changes_in_place
+from distaff.frontend.nnx.variables import Variable, assign_all
 
 
 class Leaves(NamedTuple):

@@ -21,9 +21,10 @@ from distaff.frontend.nnx.graphdef import Build, GraphDef, NodeDef, NoUpdate, as
 from distaff.frontend.nnx.object_trees import is_object
 from distaff.frontend.nnx.prefix_mapping import broadcast_prefix
 from distaff.frontend.nnx.state import FlatState, State, split_flat
+from distaff.frontend.nnx.stored_values import changes_in_place
 from distaff.frontend.nnx.structure import Walk
 from distaff.frontend.nnx.traversal import iter_graph
-from distaff.frontend.nnx.variables import Variable, changes_in_place
+from distaff.frontend.nnx.variables import Variable
 
 _Decorated = Callable[..., Any]
 MISSING: Any = object()

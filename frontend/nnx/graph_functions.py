@@ -15,8 +15,9 @@ from distaff.frontend.nnx.kinds import Kind, kind_of
 from distaff.frontend.nnx.pytrees import Pytree
 from distaff.frontend.nnx.ref_maps import IndexMap, RefMap
 from distaff.frontend.nnx.state import FlatState, State, filter_flat, merge_nested, raw_dict, split_flat
+from distaff.frontend.nnx.stored_values import is_array_ref
 from distaff.frontend.nnx.structure import Structure, Walk, structure_of
-from distaff.frontend.nnx.variables import Variable, is_array_ref
+from distaff.frontend.nnx.variables import Variable
 
 _MISSING: Any = object()
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
+from distaff.frontend.nnx.capture import capture as capture
 from distaff.frontend.nnx.capture import captured_in
 from distaff.frontend.nnx.filters import Filter, PathParts, to_predicate
 from distaff.frontend.nnx.graph_functions import clone

@@ -11,6 +11,15 @@ _MISSING: Any = object()
 _names: dict[str, type[Variable[Any]]] = {}
 
 
+class _HijaxMeta(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, Variable) and instance.hijax
+
+
+class HijaxVariable(metaclass=_HijaxMeta):
+    """For ``isinstance``: variables of any type that were made with ``hijax=True``."""
+
+
 class Param(Variable[A]):
     """A parameter, to be trained."""
 

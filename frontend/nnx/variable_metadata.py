@@ -56,3 +56,11 @@ def with_metadata(
         return VariableMetadata(initializer(*args, **kwargs), **hooks, metadata=metadata)
 
     return init
+
+
+def with_current_names(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Older names of ``out_sharding`` replaced."""
+    for old in ("sharding", "sharding_names"):
+        if old in metadata:
+            metadata["out_sharding"] = metadata.pop(old)
+    return metadata

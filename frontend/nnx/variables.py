@@ -20,7 +20,8 @@ from distaff.frontend.core import spmd
 from distaff.frontend.jax_compat import Box, running_trace
 from distaff.frontend.nnx import config
 from distaff.frontend.nnx.origin import Origin, describe_origin, find_origin
-from distaff.frontend.nnx.variable_metadata import HOOKS, VariableMetadata, as_tuple
+from distaff.frontend.nnx.stored_values import changes_in_place, has_parts, stored, with_part
+from distaff.frontend.nnx.variable_metadata import HOOKS, VariableMetadata, as_tuple, with_current_names
 from distaff.frontend.nnx.variable_operators import add_operators
 
 A = TypeVar("A")
@@ -84,13 +85,13 @@ class Variable(Generic[A]):
         eager = config.current("eager_sharding") if eager_sharding is None else eager_sharding
         if not eager:
             metadata["eager_sharding"] = False
-        _set_metadata(self, _with_current_names(metadata) if metadata else _NO_METADATA)
+        _set_metadata(self, with_current_names(metadata) if metadata else _NO_METADATA)
         raw = self.create_value(value) if metadata or self._class_hooks else value
         if eager and metadata:
             raw = self._laid_out(raw)
         if config.current("hijax") if hijax is None else hijax:
             _set_metadata(self, {**self._var_metadata, "hijax": True})
-        _set_raw(self, _stored(raw, self.hijax, config.current("ref") if ref is None else ref))
+        _set_raw(self, stored(raw, self.hijax, config.current("ref") if ref is None else ref))
 
     def _laid_out(self, value: Any) -> Any:
         names = self._var_metadata.get("out_sharding")
@@ -164,6 +165,7 @@ class Variable(Generic[A]):
         Raises:
             TraceContextError: the variable was made outside the running JAX transform.
             TypeError: other arguments.
+            ValueError: another ``hijax``.
         """
         self._check_can_update()
         if kwargs and not args:
@@ -177,17 +179,21 @@ class Variable(Generic[A]):
                 f"set_metadata takes a dict, or a name and a value, or keywords; got {len(args)} arguments and the "
                 f"keywords {sorted(kwargs)}."
             )
+        if self.hijax != changed.setdefault("hijax", self.hijax):
+            raise ValueError("Whether a variable is hijax stays as it is; make a copy: variable.copy(hijax=...).")
         _set_metadata(self, {k: v for k, v in changed.items() if k not in _DEFAULTS or v != _DEFAULTS[k]})
 
     def del_metadata(self, name: str) -> None:
         """Remove one piece of metadata.
 
         Raises:
-            KeyError: there is none of that name.
+            KeyError: there is none of that name, or every variable has it.
             TraceContextError: the variable was made outside the running JAX transform.
         """
         self._check_can_update()
         changed = dict(self._var_metadata)
+        if name in _DEFAULTS:
+            raise KeyError(f"Every variable has {name!r}.")
         del changed[name]
         _set_metadata(self, changed)
 
@@ -227,7 +233,7 @@ class Variable(Generic[A]):
     def get_raw_value(self) -> A:
         """What is stored, without hooks; a ``jax.Ref`` if the value lies in one."""
         raw = self._raw_value
-        return raw.get() if isinstance(raw, Box) else raw  # type: ignore[no-any-return]
+        return raw.get() if self._var_metadata and isinstance(raw, Box) else raw  # type: ignore[no-any-return]
 
     def set_raw_value(self, value: A, *, _unsafe_bypass_check: bool = False) -> None:
         """Replace what is stored, without hooks.
@@ -262,7 +268,7 @@ class Variable(Generic[A]):
     def get_value(self, *, index: Any = _MISSING) -> A:
         """The value after the hooks ``on_get_value``; with ``index``, that part of it."""
         value = self._raw_value
-        if isinstance(value, Box):
+        if self._var_metadata and isinstance(value, Box):  # there is metadata if there is a box
             value = value.get()
         if isinstance(value, jax.Ref):
             value = value[... if index is _MISSING else index]
@@ -287,8 +293,8 @@ class Variable(Generic[A]):
         if self._class_hooks or self._var_metadata:
             value = self._hooked("on_set_value", value)
         if index is not _MISSING:
-            value = _with_part(self.get_raw_value(), index, value)
-        if isinstance(raw, Box):
+            value = with_part(self.get_raw_value(), index, value)
+        if self._var_metadata and isinstance(raw, Box):
             raw.set(value)
         else:
             _set_raw(self, value)
@@ -324,7 +330,7 @@ class Variable(Generic[A]):
         if updates or isinstance(raw, Box) or (hijax and value is not _MISSING):
             hijax, ref = updates.pop("hijax", hijax), updates.pop("ref", self.ref)
             raw = raw.get() if isinstance(raw, Box) else raw
-            raw = _stored(raw[...] if isinstance(raw, jax.Ref) else raw, hijax, ref)
+            raw = stored(raw[...] if isinstance(raw, jax.Ref) else raw, hijax, ref)
         elif value is _MISSING and _copy_ref and isinstance(raw, jax.Ref):
             raw = jax.new_ref(raw[...])
         if not updates and hijax is self.hijax:
@@ -340,7 +346,7 @@ class Variable(Generic[A]):
         """A variable that stores ``value`` as it is, with this metadata; no hook runs."""
         metadata = {k: v for k, v in attributes.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
         ref = metadata.pop("ref", isinstance(value, jax.Ref))
-        return cls._of(_stored(value, metadata.get("hijax", False), ref), metadata or _NO_METADATA)
+        return cls._of(stored(value, metadata.get("hijax", False), ref), metadata or _NO_METADATA)
 
     @classmethod
     def _of(cls, value: Any, attributes: dict[str, Any]) -> Self:
@@ -388,7 +394,7 @@ class Variable(Generic[A]):
         return self.get_value() if key is Ellipsis else self.get_value(index=key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if key is Ellipsis and not _has_parts(self.get_raw_value()):
+        if key is Ellipsis and not has_parts(self.get_raw_value()):
             self.set_value(value)
         else:
             self.set_value(value, index=key)
@@ -434,56 +440,6 @@ _ASSIGNABLE = frozenset({"value", "raw_value", *Variable.__slots__})
 def assign_all(variables: Iterable[Variable[Any]], values: Iterable[Any]) -> None:
     """Store values in variables, without hooks or checks; as ``write`` does, but many at once."""
     collections.deque(map(_set_raw, variables, values), maxlen=0)
-
-
-class _HijaxMeta(type):
-    def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, Variable) and instance.hijax
-
-
-class HijaxVariable(metaclass=_HijaxMeta):
-    """For ``isinstance``: variables of any type that were made with ``hijax=True``."""
-
-
-def is_array_ref(value: Any) -> bool:
-    """Whether a value is a mutable array, or stands for one in a trace."""
-    return isinstance(value, jax.Ref)
-
-
-def changes_in_place(value: Any) -> bool:
-    """Whether what a variable stores is assigned in place, in any trace: a mutable array, or a box of JAX's."""
-    return isinstance(value, jax.Ref | Box)
-
-
-def _stored(value: Any, hijax: bool, ref: bool) -> Any:
-    """What a variable stores for a value."""
-    if ref:
-        return value if isinstance(value, jax.Ref) else jax.new_ref(value)
-    return Box(value) if hijax and not isinstance(value, Box) else value
-
-
-def _has_parts(raw: Any) -> bool:
-    return isinstance(raw, jax.Array | np.ndarray | jax.Ref)
-
-
-def _with_part(raw: Any, index: Any, value: Any) -> Any:
-    """A value with a part replaced. The dtype of an array stays; a NumPy array is changed itself, a dict is copied."""
-    if isinstance(raw, jax.Array):
-        whole = index is Ellipsis and isinstance(value, jax.Array) and value.shape == raw.shape
-        if whole and value.dtype == raw.dtype and not getattr(value, "weak_type", False):
-            return value
-        return raw.at[index].set(value)
-    changed: Any = raw if isinstance(raw, np.ndarray) else copying.copy(raw)
-    changed[index] = value
-    return changed
-
-
-def _with_current_names(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Older names of ``out_sharding`` replaced."""
-    for old in ("sharding", "sharding_names"):
-        if old in metadata:
-            metadata["out_sharding"] = metadata.pop(old)
-    return metadata
 
 
 def _register(cls: type[Variable[Any]]) -> None:

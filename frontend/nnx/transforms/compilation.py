@@ -78,13 +78,21 @@ class Parameters(NamedTuple):
         return frozenset((*(n for n in self.positions if n < count), *by_name))
 
 
-def pure_prefix(prefix: Any) -> Any:
-    """A specification for ``take``'s trees: where one is given by filters, a tuple with the values for each filter."""
+def pure_prefix(prefix: Any, nothing: Any = None) -> Any:
+    """A specification for ``take``'s trees: where one is given by filters, a tuple with the values for each filter.
+
+    Args:
+        prefix: the specification, with a ``PrefixMapping`` for some objects.
+        nothing: what to have instead of None in such a tuple.
+    """
 
     def is_mapping(x: Any) -> bool:
         return isinstance(x, PrefixMapping)
 
-    return jax.tree.map(lambda x: x.values if is_mapping(x) else x, prefix, is_leaf=is_mapping)
+    def of(x: Any) -> Any:
+        return tuple(nothing if value is None else value for value in x.values) if is_mapping(x) else x
+
+    return jax.tree.map(of, prefix, is_leaf=is_mapping)
 
 
 class JitWrapped:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -161,6 +161,12 @@ class Entry:
         held = (x if isinstance(x, Variable) else value for x, value in zip(of_objects, values, strict=True))
         build = Build(held)
         return self.signature.join_trees(own, [build.make(spec) for spec in self.signature.specs])
+
+    def of_trees(self, numbers: Set[int]) -> tuple[list[bool], frozenset[int]]:
+        """Which of the arrays are in some of the arguments, and which of the cells."""
+        leaves = [i in numbers for i, tree in enumerate(self.outside.trees) for _ in jax.tree.leaves(tree)]
+        spans = zip(self.signature.leaves.spans, self.signature.owners, strict=True)
+        return leaves, frozenset(i for (start, end), owner in spans if owner in numbers for i in range(start, end))
 
     def without_arrays(self) -> Entry:
         """The static half alone, to be kept."""

@@ -24,7 +24,7 @@ _MISSING: Any = object()
 
 
 def group(leaves: Sequence[Any], axes: Sequence[Any], names: Sequence[Any]) -> tuple[list[Any], ...]:
-    """The arrays by axis: a list for each of ``names``."""
+    """The arrays (or what else belongs to these axes) by axis: a list for each of ``names``."""
     groups: dict[Any, list[Any]] = {name: [] for name in names}
     for leaf, axis in zip(leaves, axes, strict=True):
         groups[axis].append(leaf)
@@ -118,15 +118,25 @@ def check_sizes(entry: Entry, axis_size: int | None = None) -> None:
 
 
 class _Rows:
-    """A function of objects as one of arrays by axis, as ``jax.vmap`` maps it."""
+    """A function of objects as one of arrays by axis, as ``jax.vmap`` maps it.
+
+    ``also`` are cells whose values come out, changed or not.
+    """
 
     def __init__(
-        self, fn: Callable[..., Any], entry: Entry, in_axes: Any, out_axes: Any, metadata: Mapping[str, Any]
+        self,
+        fn: Callable[..., Any],
+        entry: Entry,
+        in_axes: Any,
+        out_axes: Any,
+        metadata: Mapping[str, Any],
+        also: frozenset[int] = frozenset(),
     ) -> None:
         self._fn = fn
         self._entry = entry
         self._out_axes = out_axes
         self._metadata = metadata
+        self._also = also
         self.names = tuple(dict.fromkeys([*entry.cell_values, *values_of(in_axes), *values_of(out_axes)]))
 
     def __call__(self, leaves: Sequence[Any]) -> tuple[Any, Any]:
@@ -136,7 +146,7 @@ class _Rows:
             remove_names(inside, entry.cell_values, self._metadata)
         *args, kwargs = inside.trees
         out = self._fn(*args, **kwargs)
-        made, exit = entry.leave(inside, out, self._out_axes, prepare=namer(self._metadata))
+        made, exit = entry.leave(inside, out, self._out_axes, also=self._also, prepare=namer(self._metadata))
         _check_shared(entry.transform, made, exit)
         return Static(exit), group(made, exit.values, self.names)
 
@@ -233,27 +243,25 @@ def pmap(
         devices: as for ``jax.pmap``.
         backend: as for ``jax.pmap``.
         axis_size: as for ``jax.pmap``.
-        donate_argnums: refused: arrays of all arguments cross together.
+        donate_argnums: as for ``jax.pmap``; an object's variables hold the results' arrays afterwards.
         transform_metadata: as for ``nnx.vmap``.
         graph: as for ``nnx.jit``.
         graph_updates: as for ``nnx.jit``.
 
     Raises:
-        NotImplementedError: ``donate_argnums`` is given.
         ValueError: as for ``nnx.vmap``.
     """
     if f is _MISSING:
         options = {key: value for key, value in locals().items() if key != "f"}
         return functools.partial(pmap, **options)
     check_not_bound(f, "pmap")
-    if donate_argnums not in ((), [], None):
-        raise NotImplementedError("nnx.pmap does not donate arguments; use nnx.jit with shardings, which does.")
+    donated = frozenset((donate_argnums,) if isinstance(donate_argnums, int) else donate_argnums)
     follow = graph_mode(graph)
     updates, metadata = updates_mode(follow, graph_updates), dict(transform_metadata or {})
     check_prefix(in_axes, "in_axes", "pmap", updates)
     check_prefix(out_axes, "out_axes", "pmap", updates)
-    numbers = static_broadcasted_argnums
-    statics = frozenset((numbers,) if isinstance(numbers, int) else numbers)
+    given = static_broadcasted_argnums
+    statics = frozenset((given,) if isinstance(given, int) else given)
     compiled: dict[Any, tuple[_Rows, Any]] = {}
 
     @functools.wraps(f)
@@ -267,6 +275,8 @@ def pmap(
         axes = (*per_argument(axes, len(dynamic), "in_axes", "pmap"), 0)
         entry = Entry("pmap", (*dynamic, kwargs), follow, updates, axes)
         check_sizes(entry, axis_size)
+        numbers = [i for i in range(len(args)) if i not in fixed]
+        is_donated, also = entry.of_trees({k for k, i in enumerate(numbers) if i in donated})
         key = (entry.signature, entry.treedef, tuple(entry.values), tuple(fixed.items()))
         if key not in compiled:
 
@@ -274,21 +284,22 @@ def pmap(
                 remaining = iter(given)
                 return f(*(fixed[i] if i in fixed else next(remaining) for i in range(len(args))), **kwargs)
 
-            rows = _Rows(with_fixed, entry.without_arrays(), in_axes, out_axes, metadata)
+            rows = _Rows(with_fixed, entry.without_arrays(), in_axes, out_axes, metadata, also)
             compiled[key] = (
                 rows,
                 jax.pmap(
-                    rows,
+                    lambda *parts: rows(ungroup(parts, is_donated, (True, False))),
                     axis_name=axis_name,
-                    in_axes=(entry.values,),
+                    in_axes=group(entry.values, is_donated, (True, False)),
                     out_axes=(None, rows.names),
                     devices=devices,
                     backend=backend,
                     axis_size=axis_size,
+                    donate_argnums=(0,),
                 ),
             )
         rows, run = compiled[key]
-        static, groups = run(entry.leaves)
+        static, groups = run(*group(entry.leaves, is_donated, (True, False)))
         return entry.finish(static.value, ungroup(groups, static.value.values, rows.names))
 
     return mapped

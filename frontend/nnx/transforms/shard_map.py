@@ -7,6 +7,7 @@ from collections.abc import Callable, Set
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
 from distaff.frontend.nnx.boundary import take
 from distaff.frontend.nnx.graphdef import graph_mode
@@ -63,7 +64,7 @@ def shard_map(
     check_prefix(in_specs, "in_specs", "shard_map", structure_updates)
     check_prefix(out_specs, "out_specs", "shard_map", structure_updates)
     of_in, of_out = by_object(in_specs), by_object(out_specs)
-    pure_in, pure_out = pure_prefix(of_in), pure_prefix(of_out)
+    pure_in, pure_out = pure_prefix(of_in, PartitionSpec()), pure_prefix(of_out, PartitionSpec())
 
     @functools.wraps(fun)
     def mapped(*args: Any) -> Any:
