@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distaff.frontend.core import meta, spmd
-from distaff.frontend.core.meta import AxisName, LogicalNames
+from distaff.frontend.core.meta import LogicalNames
 from distaff.frontend.core.spmd import logical_axis_rules as logical_axis_rules
 from distaff.frontend.nnx.graph_functions import map as map_object
 from distaff.frontend.nnx.graph_functions import split
@@ -114,35 +114,38 @@ def get_abstract_model(init_fn: Callable[[], Any], mesh: Mesh, *, graph: bool | 
 # What transforms that map over an axis of a variable do to its names.
 
 
-def _set_names(variable: Variable[Any], names: LogicalNames) -> None:
-    variable.set_metadata(out_sharding=names)
+def _entries_of_axes(variable: Variable[Any], params: Mapping[str, Any]) -> list[tuple[str, tuple[Any, ...], Any]]:
+    """The metadata with an entry for each axis: its name, the entries, and that of the mapped axis.
+
+    These are the axes' names, and what else ``params`` has entries for.
+    """
+    fields = {"out_sharding": params[PARTITION_NAME]} | {k: v for k, v in params.items() if k != PARTITION_NAME}
+    held = [(field, variable.get_metadata(field, None), entry) for field, entry in fields.items()]
+    return [(field, tuple(entries), entry) for field, entries, entry in held if entries and isinstance(entries, tuple)]
 
 
 def remove_axis(variable: Variable[Any], index: int, params: Mapping[str, Any]) -> None:
     """Drop the axis ``index`` of the value outside, named ``params[PARTITION_NAME]``, and run the variable's hooks.
+
+    Other metadata that is a tuple with an entry for each axis loses what ``params`` has under its name.
 
     Raises:
         ValueError: the axis has another name.
     """
     if PARTITION_NAME not in params:
         return
-    name: AxisName = params[PARTITION_NAME]
-    names = variable.sharding_names
     at = index + variable.get_raw_value().ndim + 1 if index < 0 else index  # the value has lost its axis already
-    if names:
-        _set_names(
-            variable, meta.drop_axis_name(names, at, name, f"a {type(variable).__name__} with the names {names}")
-        )
-    variable.remove_axis(at, name)  # type: ignore[arg-type]
+    for field, entries, entry in _entries_of_axes(variable, params):
+        what = f"a {type(variable).__name__} with {field}={entries}"
+        variable.set_metadata(field, meta.drop_axis_name(entries, at, entry, what))
+    variable.remove_axis(at, params[PARTITION_NAME])
 
 
 def add_axis(variable: Variable[Any], index: int, params: Mapping[str, Any]) -> None:
     """The inverse of ``remove_axis``: name the axis that is to be inserted at ``index``."""
     if PARTITION_NAME not in params:
         return
-    name: AxisName = params[PARTITION_NAME]
-    names = variable.sharding_names
     at = index + variable.get_raw_value().ndim + 1 if index < 0 else index  # the value has no such axis yet
-    if names:
-        _set_names(variable, meta.insert_axis_name(names, at, name))
-    variable.add_axis(at, name)  # type: ignore[arg-type]
+    for field, entries, entry in _entries_of_axes(variable, params):
+        variable.set_metadata(field, meta.insert_axis_name(entries, at, entry))
+    variable.add_axis(at, params[PARTITION_NAME])

@@ -167,6 +167,26 @@ def test_shardings_of_a_state_place_another(lib):
 
 
 @pytest.mark.parametrize("lib", LIBRARIES, ids=["distaff", "flax"])
+def test_other_metadata_of_axes_follows_transforms(lib):
+    seen = []
+
+    @lib.vmap(in_axes=0, axis_size=4, transform_metadata={lib.PARTITION_NAME: "layer", "roles": "depth"})
+    def make(rngs):
+        return lib.Param(jnp.ones((2, 3)), out_sharding=("a", "b"), roles=("in", "out"), eager_sharding=False)
+
+    @lib.vmap(transform_metadata={lib.PARTITION_NAME: "layer", "roles": "depth"})
+    def look(variable):
+        seen.append((variable.get_metadata("out_sharding"), variable.get_metadata("roles")))
+        return variable.sum()
+
+    variable = make(lib.Rngs(0).fork(split=4))
+    assert variable.get_metadata("roles") == ("depth", "in", "out")
+    assert variable.get_metadata("out_sharding") == ("layer", "a", "b")
+    look(variable)
+    assert set(seen) == {(("a", "b"), ("in", "out"))}
+
+
+@pytest.mark.parametrize("lib", LIBRARIES, ids=["distaff", "flax"])
 def test_state_of_an_optimizer_can_be_laid_out_otherwise(lib):
     with jax.set_mesh(mesh_of()):
         metadata = {"out_sharding": ("data",), "optimizer_sharding": ("model",)}
