@@ -44,10 +44,8 @@ ABSENT = {
     "core.axes_scan": {"build_shaped_array": INTERNAL},
     "core.lift": dict.fromkeys(["CountsHolder", "TransformContext", "set_from_dict", "tree_map_rngs"], INTERNAL),
     "core.nn": dict.fromkeys(["dot_product_attention", "multi_head_dot_product_attention"], REPLACED),
-    "core.scope": dict.fromkeys(["apply", "bind", "init", "lazy_init"], "in core, of which Flax documents them")
-    | dict.fromkeys(["child_rng_token", "filter_to_set", "no_flag"], INTERNAL),
+    "core.scope": dict.fromkeys(["child_rng_token", "filter_to_set", "no_flag"], INTERNAL),
     "cursor": {"Indexable": INTERNAL},
-    "io": dict.fromkeys(["BackendMode", "io_mode", "override_mode", "set_mode"], "there is no TensorFlow backend"),
     "linen.batch_apply": dict.fromkeys(
         ["arbitrary_mergeable_leaf", "merge_leading_dims", "ndim_at_least", "split_leading_dim"], INTERNAL
     ),
@@ -158,6 +156,14 @@ def test_types_and_version():
         "999 B", "1.0 KB", "23.2 KB", "5.0 MB", "2.0 GB",
     ]  # fmt: skip
     assert importlib.import_module("distaff.frontend").__version__ == importlib.import_module("flax").__version__
+
+
+def test_files_have_one_backend():
+    io = importlib.import_module("distaff.frontend.io")
+    with io.override_mode(io.BackendMode.DEFAULT):
+        assert io.io_mode is io.BackendMode.DEFAULT
+    with pytest.raises(NotImplementedError, match="Orbax"):
+        io.set_mode(io.BackendMode.TF)
 
 
 def test_reached_as_attributes_of_the_package():
