@@ -54,7 +54,8 @@ class CallInfo:
     vjp_flops: int | None = None
 
 
-def _is_no_stream(call: CallInfo) -> bool:
+def filter_rng_streams(call: CallInfo) -> bool:
+    """Whether a call is none of a random stream: the rows that ``tabulate`` shows if it is not told."""
     return not issubclass(call.type, RngStream)
 
 
@@ -179,7 +180,7 @@ def tabulate(
     *input_args: Any,
     depth: int | None = None,
     method: str = "__call__",
-    row_filter: Callable[[CallInfo], bool] = _is_no_stream,
+    row_filter: Callable[[CallInfo], bool] = filter_rng_streams,
     table_kwargs: Mapping[str, Any] = _NOTHING,
     column_kwargs: Mapping[str, Any] = _NOTHING,
     console_kwargs: Mapping[str, Any] = _NOTHING,
