@@ -11,6 +11,7 @@ from distaff.frontend.nnx import extract as extract
 from distaff.frontend.nnx import filterlib as filterlib
 from distaff.frontend.nnx import graph as graph
 from distaff.frontend.nnx import graphlib as graphlib
+from distaff.frontend.nnx import helpers as helpers
 from distaff.frontend.nnx import ids as ids
 from distaff.frontend.nnx import object as object
 from distaff.frontend.nnx import pytreelib as pytreelib
@@ -21,6 +22,7 @@ from distaff.frontend.nnx import tracers as tracers
 from distaff.frontend.nnx import traversals as traversals
 from distaff.frontend.nnx import variablelib as variablelib
 from distaff.frontend.nnx import visualization as visualization
+from distaff.frontend.nnx.bridge import wrappers as wrappers
 from distaff.frontend.nnx.capture import capture as capture
 from distaff.frontend.nnx.config import set_graph_mode as set_graph_mode
 from distaff.frontend.nnx.config import set_graph_updates as set_graph_updates

@@ -13,7 +13,7 @@ import pytest
 from distaff.frontend import nnx
 
 MODULES = """
-    compat extract filterlib graph graphlib ids module object pytreelib rnglib spmd statelib tracers traversals
+    compat extract filterlib graph graphlib helpers ids module object pytreelib rnglib spmd statelib tracers traversals
     variablelib visualization transforms.autodiff transforms.compilation transforms.general transforms.iteration
     transforms.transforms
 """.split()
@@ -35,6 +35,7 @@ ABSENT = {
         "is_node_module", "is_node_type", "is_pytree_node", "jax_to_nnx_path", "register_graph_node_type",
         "register_pytree_node_type", "static_cache",
     },
+    "helpers": {"ModuleDefApply", "has_keyword_arg"},
     "module": {"first_from", "tuple_init", "tuple_reduce"},
     "pytreelib": {"ArrayRepr", "AttributeStatus", "MutableArrayRepr", "ObjectContext", "PytreeState", "VariableRepr"},
     "statelib": {"NestedStateRepr"},
