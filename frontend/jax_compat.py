@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -158,3 +158,30 @@ class MaxGradDtype(dtypes.ExtendedDType):
     def name(self) -> str:
         """As Flax names it: ``fp8_meta32``."""
         return f"fp8_meta{8 * np.dtype(self.float_dtype).itemsize}"
+
+
+def inner_jaxprs(equation: Any) -> list[Any]:
+    """The jaxprs among the parameters of an equation, such as the body of a loop."""
+    return list(_src_core.jaxprs_in_params(equation.params))
+
+
+def function_of_equations(
+    equations: Sequence[Any], outputs: Sequence[Any]
+) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
+    """Some equations of a jaxpr as a function: what ``outputs`` depend on, of the variables that come from elsewhere.
+
+    Returns:
+        The function, from arrays to a list of arrays, and the shapes of its arguments.
+    """
+    needed = dict.fromkeys(outputs)
+    kept = []
+    for equation in reversed(equations):
+        if any(var in needed for var in equation.outvars):
+            kept.append(equation)
+            needed.update(dict.fromkeys(x for x in equation.invars if not isinstance(x, _core.Literal)))
+    made = {var for equation in kept for var in equation.outvars}
+    inputs = [var for var in needed if var not in made]
+    about = jax.api_util.debug_info("function_of_equations", lambda *arrays: arrays, tuple(inputs), {})
+    jaxpr = _core.Jaxpr((), inputs, outputs, kept[::-1], debug_info=about._replace(result_paths=None))
+    shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in inputs]
+    return _core.jaxpr_as_fun(_core.ClosedJaxpr(jaxpr, ())), shapes

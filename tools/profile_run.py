@@ -16,6 +16,7 @@ from rich.table import Table
 from distaff.compiler.artifact import ProgramSpec
 from distaff.kernels import native
 from distaff.kernels.paged_attention import StepBatch
+from distaff.kernels.sampling import SamplingRows
 from distaff.runtime.config import EngineConfig
 from distaff.runtime.engine import Engine
 from distaff.runtime.model_runner import ModelRunner
@@ -52,13 +53,15 @@ class RecordingRunner(ModelRunner):
 
     last: tuple[ProgramSpec, int, int, float] | None = None
 
-    def execute(self, program: ProgramSpec, batch: StepBatch) -> jax.Array:
+    def execute(
+        self, program: ProgramSpec, batch: StepBatch, rows: SamplingRows | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """See `ModelRunner.execute`."""
         began = time.perf_counter()
-        logits = super().execute(program, batch)
+        logits, tokens = super().execute(program, batch, rows)
         logits.block_until_ready()
         self.last = program, int(batch.starts[-1]), int(batch.decodes), time.perf_counter() - began
-        return logits
+        return logits, tokens
 
 
 def run(
@@ -125,9 +128,14 @@ def _cells(name: str, steps: Sequence[Step]) -> list[str]:
 
     seconds, program = total(lambda s: s.seconds), total(lambda s: s.program_seconds)
     kernels = sum((step.kernels for step in steps), Counter[str]())
-    inside = sum(seconds for kernel, seconds in kernels.items() if kernel != "sampling")
-    parts = [seconds, kernels["matmul"], kernels["paged_attention"], kernels["sampling"], program - inside]
-    parts.append(seconds - program - kernels["sampling"])
+    parts = [
+        seconds,
+        kernels["matmul"],
+        kernels["paged_attention"],
+        kernels["sampling"],
+        program - sum(kernels.values()),
+    ]
+    parts.append(seconds - program)
     tokens, decodes = total(lambda s: s.tokens), total(lambda s: s.decodes)
     padding = 1 - tokens / total(lambda s: s.program.tokens)
     numbers = [f"{len(steps)}", f"{tokens - decodes:,.0f}", f"{decodes:,.0f}", f"{padding:.1%}", f"{seconds:.3f}"]

@@ -24,6 +24,7 @@ from distaff.compiler.lowering.stablehlo import custom_calls, donated_arguments,
 from distaff.compiler.serve_step import ServeStep
 from distaff.kernels import native
 from distaff.kernels.paged_attention import StepBatch, batch_shapes
+from distaff.kernels.sampling import SamplingRows, draw_tokens, sampling_shapes
 
 
 class LoweringError(CompileError):
@@ -116,22 +117,24 @@ class StepExporter:
             for c in self._step.caches
         ]
         batch = batch_shapes(bucket.tokens, bucket.requests, bucket.samples, self._pages_per_request)
-        return [*weights, *pages, *batch]
+        return [*weights, *pages, *batch, *sampling_shapes(bucket.samples)]
 
     def _flat(self, bucket: Bucket) -> Callable[..., tuple[jax.Array, ...]]:
         first_page = len(self.weights.arrays)
         first_batch = first_page + len(self._step.caches)
+        first_sampling = first_batch + len(StepBatch._fields)
         wanted = (bucket.samples, self._step.vocab_size)
 
         def step(*arguments: jax.Array) -> tuple[jax.Array, ...]:
             pages = arguments[first_page:first_batch]
             weights = self.weights.of_step(arguments[:first_page])
-            logits, new_pages = self._step.function(weights, pages, StepBatch(*arguments[first_batch:]))
+            logits, new_pages = self._step.function(weights, pages, StepBatch(*arguments[first_batch:first_sampling]))
             if logits.shape != wanted or logits.dtype != jnp.float32:
                 raise LoweringError(f"{bucket.name}: logits are {logits.dtype}{logits.shape}, not float32{wanted}")
             before, after = [p.aval for p in pages], [p.aval for p in new_pages]
             if [(a.shape, a.dtype) for a in before] != [(a.shape, a.dtype) for a in after]:
                 raise LoweringError(f"{bucket.name}: pages {before} went in and {after} came out")
-            return logits, *new_pages
+            tokens = draw_tokens(logits, SamplingRows(*arguments[first_sampling:]), platform=self._platform)
+            return logits, tokens, *new_pages
 
         return step

@@ -280,7 +280,7 @@ def _update(node: Any, changes: Mapping[Any, Any]) -> None:
 def _get_child(node: Any, key: Any) -> Any:
     if isinstance(node, Pytree):
         return node.__dict__.get(str(key))
-    if isinstance(node, list | tuple):
+    if isinstance(node, list | tuple) and isinstance(key, int):
         return node[key] if key < len(node) else None
     return node.get(key) if isinstance(node, Mapping) else getattr(node, key, None)
 

@@ -9,6 +9,8 @@ from distaff.frontend.nnx.contexts import current_update_context as current_upda
 from distaff.frontend.nnx.contexts import merge_context as merge_context
 from distaff.frontend.nnx.contexts import split_context as split_context
 from distaff.frontend.nnx.contexts import update_context as update_context
+from distaff.frontend.nnx.filters import Key as Key
+from distaff.frontend.nnx.filters import PathParts as PathParts
 from distaff.frontend.nnx.functional import as_pure as as_pure
 from distaff.frontend.nnx.functional import call as call
 from distaff.frontend.nnx.functional import pure as pure

@@ -135,6 +135,7 @@ class Pytree(metaclass=PytreeMeta):
     __slots__ = ("__dict__", "__weakref__", "_pytree__structures", "_pytree__trace")
     _pytree__is_pytree: ClassVar[bool] = True
     _pytree__nodes: Mapping[str, bool] = MappingProxyType({})
+    _pytree__rank: Any = None  # a method: which attributes come first in the graph, those of lower numbers
 
     _pytree__trace: Any
     _pytree__structures: Any
@@ -288,6 +289,9 @@ def external_key(name: str) -> str | int:
 def sorted_attributes(node: Pytree) -> list[tuple[Any, str]]:
     """The attributes as (key in paths, name), ints first; without what only the object itself needs."""
     names = sorted(node.__dict__)
+    rank = node._pytree__rank
+    if rank is not None:
+        names.sort(key=rank)
     if names and names[0][:1].isdigit():
         return sorted(
             ((external_key(name), name) for name in names if name != STATUSES),

@@ -13,7 +13,7 @@ from distaff.frontend.nnx.structure import container_items, duplicate_message, o
 from distaff.frontend.nnx.variables import Variable
 
 
-def _children(x: Any, graph: bool, path: PathParts = ()) -> list[tuple[Any, Any]]:
+def keyed_children(x: Any, graph: bool, path: PathParts = ()) -> list[tuple[Any, Any]]:
     """Keys and children; in tree mode, only what JAX sees. ``path`` is for errors."""
     if isinstance(x, Pytree):
         if not graph and not x._pytree__is_pytree:
@@ -41,7 +41,7 @@ def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Pat
             if not graph and (id(x) in above or (isinstance(x, Variable) and id(x) in seen)):
                 raise ValueError(duplicate_message(x, paths_to(x, [node])))
             seen.add(id(x))
-        for key, child in _children(x, graph, path):
+        for key, child in keyed_children(x, graph, path):
             yield from walk(child, (*path, key), (*above, id(x)) if not graph else above)
         yield path, x
 
@@ -50,7 +50,7 @@ def iter_graph(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Pat
 
 def iter_children(node: Any, /, *, graph: bool | None = None) -> Iterator[tuple[Any, Any]]:
     """Keys and values of the direct children that are nodes, variables or containers of them."""
-    for key, child in _children(node, graph_mode(graph)):
+    for key, child in keyed_children(node, graph_mode(graph)):
         if isinstance(child, Pytree | Variable):
             yield key, child
 
@@ -74,7 +74,7 @@ def recursive_map(f: Any, node: Any, /, *, graph: bool | None = None) -> Any:
             entered.add(id(x))
             fresh = empty_node(type(x), x.__dict__)
             done[id(x)] = x, fresh
-            children = _children(x, graph, path)
+            children = keyed_children(x, graph, path)
             data = [str(key) for key, child in children if is_data_attribute(x, str(key), child)]
             fresh.__dict__.update({str(key): walk(child, (*path, key)) for key, child in children})
             mark_data(fresh, data)
@@ -106,7 +106,7 @@ def find_duplicates(node: Any, /, *, only: Filter = ...) -> list[list[PathParts]
             if known or (id(x) in visited):
                 return
             visited.add(id(x))
-        for key, child in _children(x, True):
+        for key, child in keyed_children(x, True):
             walk(child, (*path, key))
 
     visited: set[int] = set()

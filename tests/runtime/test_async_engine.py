@@ -28,9 +28,9 @@ def executables(tmp_path_factory):
 class SlowRunner(ToyRunner):
     """Takes some time for a step, as models do."""
 
-    def execute(self, program, batch):
+    def execute(self, program, batch, rows=None):
         time.sleep(0.002)
-        return super().execute(program, batch)
+        return super().execute(program, batch, rows)
 
 
 @pytest.fixture

@@ -38,9 +38,11 @@ class Metric(Pytree):
         return split(self, *filters)
 
 
-def _argument(name: str, kwargs: dict[str, Any]) -> jax.Array:
+def _argument(name: str, kwargs: dict[str, Any], mask: jax.Array | None) -> jax.Array:
     if name not in kwargs:
         raise TypeError(f"Expected keyword argument {name!r}, got {sorted(kwargs)}.")
+    if mask is not None and isinstance(kwargs[name], int | float):
+        raise ValueError(f"With a mask, {name} should be a jax array, got {kwargs[name]!r}.")
     return jnp.asarray(kwargs[name])
 
 
@@ -76,8 +78,12 @@ class Average(Metric):
 
         Args:
             mask: which of them count; broadcast to their shape.
+
+        Raises:
+            TypeError: there is no such argument.
+            ValueError: there is a mask, but the value is a Python number.
         """
-        self._add(_argument(self.argname, kwargs), mask)
+        self._add(_argument(self.argname, kwargs, mask), mask)
 
     def _add(self, values: jax.Array, mask: jax.Array | None) -> None:
         weights, count = _weights(values, mask)
@@ -116,7 +122,7 @@ class Welford(Metric):
 
     def update(self, mask: jax.Array | None = None, **kwargs: Any) -> None:
         """Add the values of the argument ``argname``, or those of them that ``mask`` lets pass."""
-        values = _argument(self.argname, kwargs).astype(jnp.float32)
+        values = _argument(self.argname, kwargs, mask).astype(jnp.float32)
         weights, count = _weights(values, mask)
         mean = (values * weights).sum() / jnp.maximum(count, 1)
         m2 = (weights * (values - mean) ** 2).sum()

@@ -43,10 +43,18 @@ def _with_plain_value(x: Any) -> Any:
 
 
 def to_opt_state(tree: Any) -> Any:
-    """The tree with its variables as ``OptVariable`` and its other arrays as ``OptArray``."""
+    """The tree with its variables as ``OptVariable`` and its other arrays as ``OptArray``.
+
+    A variable's metadata ``optimizer_sharding`` becomes the ``out_sharding`` of the state that belongs to it.
+    """
 
     def convert(x: Any) -> OptState:
-        return OptVariable(x.get_value(), **x.get_metadata()) if _is_variable(x) else OptArray(x)
+        if not _is_variable(x):
+            return OptArray(x)
+        metadata = x.get_metadata()
+        if "optimizer_sharding" in metadata:
+            metadata["out_sharding"] = metadata.pop("optimizer_sharding")
+        return OptVariable(x.get_value(), **metadata)
 
     return jax.tree.map(convert, tree, is_leaf=_is_variable)
 
@@ -105,7 +113,8 @@ class Optimizer(Pytree, Generic[M]):
 
         Args:
             grads: what ``nnx.grad`` returned; of it, what ``wrt`` selects.
-            kwargs: more arguments for ``tx.update``, for transformations that take them.
+            kwargs: more arguments for ``tx.update``, for transformations that take them, such as line searches; they
+                see arrays in place of variables.
 
         Returns:
             What was added to the variables.
@@ -126,7 +135,7 @@ class Optimizer(Pytree, Generic[M]):
         params = as_pure(state(model, self.wrt, graph=self.graph))
         grads = as_pure(state(grads, self.wrt, graph=self.graph))
         _check_same_paths(params, grads)
-        updates, opt_state = self.tx.update(grads, as_pure(self.opt_state), params, **kwargs)
+        updates, opt_state = self.tx.update(grads, as_pure(self.opt_state), params, **as_pure(kwargs))
         update(model, optax.apply_updates(params, updates))
         jax.tree.map(lambda var, value: var.set_value(value), self.opt_state, opt_state, is_leaf=_is_variable)
         self.step[...] += 1
@@ -145,10 +154,6 @@ def _check_same_paths(params: Any, grads: Any) -> None:
             f"{sorted(ours - theirs)}; with one, but not optimised: {sorted(theirs - ours)}. Take the gradient by the "
             "filter that the optimizer has as `wrt`: nnx.grad(fn, argnums=nnx.DiffState(0, wrt))."
         )
-
-
-def _paths(tree: Any) -> set[str]:
-    return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 class ModelAndOptimizer(Optimizer[M]):
