@@ -15,6 +15,7 @@ from distaff.frontend.nnx import helpers as helpers
 from distaff.frontend.nnx import ids as ids
 from distaff.frontend.nnx import object as object
 from distaff.frontend.nnx import pytreelib as pytreelib
+from distaff.frontend.nnx import reprlib as reprlib
 from distaff.frontend.nnx import rnglib as rnglib
 from distaff.frontend.nnx import spmd as spmd
 from distaff.frontend.nnx import statelib as statelib

@@ -153,6 +153,9 @@ class BoxOutput:
     value: Any
 
 
+_OUTPUTS = (ArrayRefOutput, BoxOutput)
+
+
 def as_output(stored: Any) -> Any:
     """What to return from a transform of a new mutable array, or a box; other values as they are."""
     if isinstance(stored, jax.Ref):
@@ -343,7 +346,9 @@ class Build:
         return node
 
     def _variable(self, spec: VariableDef) -> Any:
-        value = from_output(next(self._leaves))
+        value = next(self._leaves)
+        if type(value) in _OUTPUTS:
+            value = from_output(value)
         existing = self._existing.get(spec.number)
         variable: Any
         if spec.type is jax.Ref:
@@ -358,7 +363,7 @@ class Build:
             variable = value
         elif not isinstance(value, Variable):
             variable = spec.type.from_metadata(value, spec.metadata.value or _NO_METADATA)
-        elif isinstance(value._raw_value, ArrayRefOutput | BoxOutput):
+        elif type(value._raw_value) in _OUTPUTS:
             variable = value._of(from_output(value._raw_value), value._var_metadata)
         elif self._copy or (self._recreate and not value._can_update):
             variable = value.copy()

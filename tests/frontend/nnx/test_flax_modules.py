@@ -77,7 +77,7 @@ def test_names_of_the_package(flax_nnx, flax_is_followed):
     if not flax_is_followed:
         pytest.skip("another version of Flax may have other names")
     missing = {name for name in vars(flax_nnx) if not name.startswith("_") and not hasattr(nnx, name)}
-    assert missing <= {"M", "deprecations", "helpers", "proxy_caller", "reprlib", "wrappers"}
+    assert missing <= {"M", "deprecations", "helpers", "proxy_caller", "wrappers"}
 
 
 def test_compat_is_graph_mode_always():
@@ -114,6 +114,12 @@ def test_inputs_of_transforms_by_hand():
     assert same is model and model.kernel is kernel
     np.testing.assert_allclose(kernel[...], -before)
     np.testing.assert_allclose(y, before.sum(0, keepdims=True), rtol=1e-6)
+
+
+def test_text_of_objects(flax_nnx):
+    for lib in (nnx, flax_nnx):
+        param = lib.Param(1.5)
+        assert lib.reprlib.get_repr(param) == repr(param) and "1.5" in repr(param)
 
 
 def test_flat_mappings(flax_nnx):
