@@ -147,8 +147,8 @@ class Accuracy(Average):
         """Compare the largest of the logits of each class, or with ``threshold`` one logit a label, with the labels."""
         if threshold is not None and not isinstance(threshold, float):
             raise TypeError(f"Expected threshold to be a float, got {type(threshold)}.")
-        super().__init__(*args, **kwargs)
         self.threshold = threshold
+        super().__init__(*args, **kwargs)
 
     def update(  # type: ignore[override]
         self, *, logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None, **_: Any
