@@ -146,7 +146,8 @@ def _emitted(plan: ServePlan, rolling: bool) -> tuple[ServeStep, LayerLoop | Non
     loop = find_layer_loop(plan) if rolling else None
     weights = collect_weights(plan, loop)
     function = emit(plan, weights, loop)
-    return ServeStep(weights.arrays, plan.caches, plan.vocab_size, function), loop
+    step = ServeStep(weights.arrays, plan.caches, plan.vocab_size, function, of_products=weights.of_products)
+    return step, loop
 
 
 def _validated(

@@ -10,10 +10,11 @@ import jax
 import numpy as np
 
 from distaff.compiler.artifact import CacheSpec
+from distaff.kernels.matmul.pieces import Operand
 from distaff.kernels.paged_attention import StepBatch
 
 StepFunction: TypeAlias = Callable[
-    [Sequence[jax.Array], Sequence[jax.Array], StepBatch], tuple[jax.Array, list[jax.Array]]
+    [Sequence[Operand], Sequence[jax.Array], StepBatch], tuple[jax.Array, list[jax.Array]]
 ]
 
 
@@ -25,7 +26,8 @@ class ServeStep:
     for every bucket, so it holds for all T, R, S, NP and pool sizes. ``weights`` are flat and in input order;
     ``pages`` has one buffer ``[layers, num_pages, page_size, *shape]`` per entry of ``caches``. ``report`` is what the
     passes have to tell (JSON values); it ends up in the manifest. ``weight_format`` is the kind of number that packed
-    weights are.
+    weights are. ``of_products`` names the weights that the function takes as a `Piece` of a buffer too, because
+    products alone read them.
     """
 
     weights: Mapping[str, jax.Array | np.ndarray[Any, Any]]
@@ -34,3 +36,4 @@ class ServeStep:
     function: StepFunction
     report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     weight_format: str | None = None
+    of_products: frozenset[str] = frozenset()

@@ -4,9 +4,12 @@ import importlib
 from typing import Any
 
 from distaff.frontend.configurations import config as config
+from distaff.frontend.version import __version__ as __version__
 
 # ``import distaff.frontend as flax``: these are reached as its attributes, and imported when they are.
-_ON_DEMAND = ("core", "cursor", "errors", "jax_utils", "linen", "serialization", "struct", "training", "traverse_util")
+_ON_DEMAND = """
+    core cursor errors ids io jax_utils linen nnx serialization struct training traverse_util typing version
+""".split()
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,12 @@ class Config:
         self._values[name] = value
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self._values:
+        if name.startswith("_"):
+            raise AttributeError(name, name=name, obj=self)
+        return self._read(name)
+
+    def _read(self, name: str) -> Any:
+        if name not in self._values:
             raise AttributeError(f"Unrecognized config option: {name}", name=name, obj=self)
         return self._values[name]
 
@@ -115,4 +120,14 @@ flax_fix_rng = bool_flag(
 )
 flax_use_orbax_checkpointing = bool_flag(
     "flax_use_orbax_checkpointing", default=True, help="save_checkpoint writes with Orbax; otherwise a msgpack file."
+)
+flax_always_shard_variable = bool_flag(
+    "flax_always_shard_variable", default=True, help="What nnx.use_eager_sharding says where it was not called."
+)
+flax_hijax_variable = bool_flag(
+    "flax_hijax_variable", default=False, help="What nnx.var_defaults says of hijax where it was not called."
+)
+nnx_graph_mode = bool_flag("nnx_graph_mode", default=True, help="What nnx.set_graph_mode says where it was not called.")
+nnx_graph_updates = bool_flag(
+    "nnx_graph_updates", default=True, help="What nnx.set_graph_updates says where it was not called."
 )

@@ -5,14 +5,40 @@ There is no other backend: a path such as ``gs://…`` is not found. Checkpoints
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import glob as _glob
 import os
 import shutil
+from collections.abc import Iterator
 from typing import IO, Any
 
 from distaff.frontend import errors
 
 NotFoundError = FileNotFoundError
+
+
+class BackendMode(enum.Enum):
+    """What operations go through: Python, or TensorFlow, which is not offered."""
+
+    DEFAULT = 0
+    TF = 1
+
+
+io_mode = BackendMode.DEFAULT
+
+
+def set_mode(override: BackendMode) -> None:
+    """Accept the mode that there is; NotImplementedError for ``TF``."""
+    if override is not BackendMode.DEFAULT:
+        raise NotImplementedError("Files of remote stores are read by Orbax; there is no TensorFlow backend here.")
+
+
+@contextlib.contextmanager
+def override_mode(override: BackendMode) -> Iterator[None]:
+    """A block in that mode; as ``set_mode``."""
+    set_mode(override)
+    yield
 
 
 def GFile(name: str | os.PathLike[str], mode: str) -> IO[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jax._src import core as _src_core
 from jax._src import dtypes, earray
+from jax._src.hijax import Box as Box
 from jax._src.interpreters import batching as _batching
 from jax._src.interpreters import pxla
 from jax.extend import core as _core
@@ -48,6 +49,11 @@ def made_by_current_trace(x: Any) -> bool:
 def is_mapped(x: Any) -> bool:
     """Whether ``x`` differs from row to row of the innermost running transform, which is a ``vmap``."""
     return isinstance(x, _batching.BatchTracer) and x.batch_dim is not None and made_by_current_trace(x)
+
+
+def mapped_axis(x: Any) -> int:
+    """Which axis of the whole value is that of the rows, of what ``is_mapped``."""
+    return x.batch_dim  # type: ignore[no-any-return]
 
 
 def row_type(x: Any) -> Any:
@@ -152,3 +158,30 @@ class MaxGradDtype(dtypes.ExtendedDType):
     def name(self) -> str:
         """As Flax names it: ``fp8_meta32``."""
         return f"fp8_meta{8 * np.dtype(self.float_dtype).itemsize}"
+
+
+def inner_jaxprs(equation: Any) -> list[Any]:
+    """The jaxprs among the parameters of an equation, such as the body of a loop."""
+    return list(_src_core.jaxprs_in_params(equation.params))
+
+
+def function_of_equations(
+    equations: Sequence[Any], outputs: Sequence[Any]
+) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
+    """Some equations of a jaxpr as a function: what ``outputs`` depend on, of the variables that come from elsewhere.
+
+    Returns:
+        The function, from arrays to a list of arrays, and the shapes of its arguments.
+    """
+    needed = dict.fromkeys(outputs)
+    kept = []
+    for equation in reversed(equations):
+        if any(var in needed for var in equation.outvars):
+            kept.append(equation)
+            needed.update(dict.fromkeys(x for x in equation.invars if not isinstance(x, _core.Literal)))
+    made = {var for equation in kept for var in equation.outvars}
+    inputs = [var for var in needed if var not in made]
+    about = jax.api_util.debug_info("function_of_equations", lambda *arrays: arrays, tuple(inputs), {})
+    jaxpr = _core.Jaxpr((), inputs, outputs, kept[::-1], debug_info=about._replace(result_paths=None))
+    shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in inputs]
+    return _core.jaxpr_as_fun(_core.ClosedJaxpr(jaxpr, ())), shapes

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distaff.runtime.async_engine import AsyncEngine
+    from distaff.runtime.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from distaff.runtime.config import EngineConfig
     from distaff.runtime.engine import Engine
     from distaff.runtime.llm import LLM, TextPrompt, TokensPrompt
     from distaff.runtime.outputs import CompletionOutput, Logprob, RequestOutput
-    from distaff.runtime.sampling_params import RequestOutputKind, SamplingParams
+    from distaff.runtime.sampling_params import RequestOutputKind, SamplingParams, SamplingType
 
 _MODULES = {
     "AsyncEngine": "async_engine",
+    "BeamSearchOutput": "beam_search",
+    "BeamSearchParams": "beam_search",
+    "BeamSearchSequence": "beam_search",
     "CompletionOutput": "outputs",
     "Engine": "engine",
     "EngineConfig": "config",
@@ -26,6 +30,7 @@ _MODULES = {
     "RequestOutput": "outputs",
     "RequestOutputKind": "sampling_params",
     "SamplingParams": "sampling_params",
+    "SamplingType": "sampling_params",
     "TextPrompt": "llm",
     "TokensPrompt": "llm",
 }
@@ -33,6 +38,9 @@ _MODULES = {
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "Engine",
     "EngineConfig",
@@ -40,6 +48,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "SamplingType",
     "TextPrompt",
     "TokensPrompt",
 ]

@@ -59,7 +59,7 @@ class Engine:
         if tokenizer is None and self.manifest.has_tokenizer:
             tokenizer = Tokenizer.load(folder / TOKENIZER)
         self._tokenizer = tokenizer
-        self._eos_token_ids = frozenset(self.manifest.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()))
+        self.eos_token_ids = frozenset(self.manifest.eos_token_ids or (tokenizer.eos_token_ids if tokenizer else ()))
         self._runner = make_runner(
             folder,
             self.manifest,
@@ -98,7 +98,7 @@ class Engine:
         # Less than the configured length if the pool has no room for that.
         self.max_model_len = self._scheduler.max_len
         self._limits = ModelLimits(
-            self.manifest.vocab_size, self.max_model_len, max_logprobs, tokenizer is not None, self._eos_token_ids
+            self.manifest.vocab_size, self.max_model_len, max_logprobs, tokenizer is not None, self.eos_token_ids
         )
         if config.warm_up:
             self._executor.warm_up()
@@ -167,7 +167,7 @@ class Engine:
                 sampling_params=dataclasses.replace(
                     params, n=1, prompt_logprobs=None if index else params.prompt_logprobs
                 ),
-                eos_token_ids=self._eos_token_ids,
+                eos_token_ids=self.eos_token_ids,
                 arrival_time=arrival,
                 priority=priority,
                 cache_salt=cache_salt,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from distaff.compiler.artifact import MANIFEST, ArtifactError
+from distaff.runtime.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from distaff.runtime.chat_template import Message
 from distaff.runtime.config import EngineConfig
 from distaff.runtime.engine import Engine
 from distaff.runtime.errors import EngineConfigError, PromptError
 from distaff.runtime.outputs import RequestOutput
-from distaff.runtime.sampling_params import RequestOutputKind, SamplingParams
+from distaff.runtime.sampling_params import RequestOutputKind, SamplingParams, SamplingParamsError
 from distaff.runtime.tokenizer import Tokenizer
 from distaff.runtime.vllm_arguments import without_neutral
 
@@ -195,6 +197,44 @@ class LLM:
             prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        lora_request: None = None,
+        use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The best ``params.beam_width`` continuations of each prompt, the best first; tokens and text hold the prompt.
+
+        ``concurrency_limit`` is how many prompts are searched at the same time. Raises, before anything runs,
+        `SamplingParamsError` if the engine gives too few log-probabilities for so many beams, and `PromptError` if a
+        prompt with its new tokens would be longer than the model takes.
+        """
+        candidates, limit = 2 * params.beam_width, self.engine.config.top_logprobs(self.engine.manifest)
+        if candidates > limit:
+            raise SamplingParamsError("beam_width", f"{params.beam_width} needs max_logprobs={candidates}, not {limit}")
+        given: list[Mapping[str, Any]] = []
+        for prompt in _as_list(prompts):
+            text, token_ids, salt = self._read(prompt)
+            if len(token_ids) + params.max_tokens > self.engine.max_model_len:
+                raise PromptError(
+                    f"the prompt has {len(token_ids)} tokens, which with max_tokens={params.max_tokens} is more than "
+                    f"the model's length of {self.engine.max_model_len}"
+                )
+            given.append({"prompt": text, "prompt_token_ids": token_ids, "cache_salt": salt})
+        at_once = concurrency_limit or max(1, len(given))
+        outputs: list[BeamSearchOutput] = []
+        with _progress_bar(len(given), use_tqdm) as advance:
+            for first in range(0, len(given), at_once):
+                chosen = given[first : first + at_once]
+                generate = functools.partial(self.generate, use_tqdm=False, lora_request=lora_request)
+                outputs += beam_search(generate, chosen, params, self.engine.eos_token_ids)
+                advance(len(chosen))
+        for sequence in (sequence for output in outputs for sequence in output.sequences):
+            sequence.text = self.get_tokenizer().decode(sequence.tokens, params.skip_special_tokens)
+        return outputs
+
     def reset_prefix_cache(self) -> bool:
         """Forgets cached prompts; False, and nothing changes, while pages are in use."""
         return self.engine.reset_prefix_cache()
@@ -280,10 +320,10 @@ def _one_for_each(name: str, given: Any, count: int) -> Sequence[Any]:
 
 @contextmanager
 def _progress_bar(count: int, show: bool) -> Iterator[Any]:
-    """Gives a function that advances the bar by one prompt."""
+    """Gives a function that advances the bar by one prompt, or several."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=not show
     ) as progress:
         task = progress.add_task("Generating", total=count)
-        yield lambda: progress.advance(task)
+        yield lambda count=1: progress.advance(task, count)

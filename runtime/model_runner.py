@@ -12,11 +12,13 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export
 
 from distaff.compiler.artifact import EXECUTABLES, PROGRAMS, ArtifactError, Manifest, ProgramSpec
 from distaff.kernels import native
 from distaff.kernels.paged_attention import StepBatch, batch_shapes
+from distaff.kernels.sampling import SamplingRows, sampling_shapes
 from distaff.runtime.executables import ExecutableCache, compilations
 from distaff.runtime.platforms import choose_num_pages, memory_limit
 from distaff.runtime.weights import load_weights
@@ -102,11 +104,20 @@ class ModelRunner:
             f"{self._manifest.max_samples} samples: keep batches within them, or compile with more --buckets"
         )
 
-    def execute(self, program: ProgramSpec, batch: StepBatch) -> jax.Array:
-        """Runs one step; returns float32 logits ``[S, vocab_size]``. ``batch`` has the shapes of ``program``."""
+    def execute(
+        self, program: ProgramSpec, batch: StepBatch, rows: SamplingRows | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Runs one step; returns float32 logits ``[S, vocab_size]`` and the token of each row, int32 ``[S]``.
+
+        ``batch`` has the shapes of ``program``, and so has ``rows``, by which tokens are drawn (None: the most likely).
+        """
         step = self._step[program.name]()
-        logits, *self._pages = step(*self._weights, *self._pages, *batch)
-        return cast(jax.Array, logits)
+        if rows is None:
+            floats, ints = (np.zeros(s.shape, s.dtype) for s in sampling_shapes(program.samples))
+        else:
+            floats, ints = cast(Any, rows)
+        logits, tokens, *self._pages = step(*self._weights, *self._pages, *batch, floats, ints)
+        return logits, tokens
 
     def warm_up(self) -> None:
         """Makes every program ready: compiles what no executable is stored for, and starts to load the others.
@@ -154,7 +165,8 @@ class ModelRunner:
     def _arguments(self, program: ProgramSpec) -> list[jax.ShapeDtypeStruct]:
         arrays = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (*self._weights, *self._pages)]
         width = self._manifest.pages_per_request
-        return arrays + [*batch_shapes(program.tokens, program.requests, program.samples, width)]
+        batch = batch_shapes(program.tokens, program.requests, program.samples, width)
+        return [*arrays, *batch, *sampling_shapes(program.samples)]
 
 
 class _Once:

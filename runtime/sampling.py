@@ -1,8 +1,9 @@
 """Sampling on the device: which program a batch needs, and the parameters and state of its rows.
 
-Three programs, from cheap to full: greedy, random, and random with per-request state (penalties, biases, masks). The
-state lives on the device; a request's line is written when it is admitted and from then on the program itself counts
-the tokens that it samples. Log-probabilities are a program of their own, run only for those who asked.
+The step's own program draws tokens, greedily or at random. Where a request has a state (penalties, biases, masks), a
+program of its own draws them again from changed logits. The state lives on the device; a request's line is written when
+it is admitted and from then on the program itself counts the tokens that it samples. Log-probabilities are a program of
+their own as well, run only for those who asked.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Executables(Protocol):
 
 
 class Method(enum.IntEnum):
-    """What a request needs; a batch runs the program of its most demanding row."""
+    """What a request needs; a batch is sampled as its most demanding row wants it."""
 
     GREEDY = 0
     RANDOM = 1
@@ -54,7 +55,7 @@ class Method(enum.IntEnum):
 
 
 def method_of(params: SamplingParams) -> Method:
-    """The cheapest program that does what ``params`` ask for."""
+    """The cheapest method that does what ``params`` ask for."""
     penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
     masked = params.allowed_token_ids is not None or params.bad_words or params.min_tokens
     if penalised or params.logit_bias or masked:
@@ -154,26 +155,29 @@ class Sampler:
             self._state = SamplerState(*(jax.device_put(np.zeros(leaf.shape, leaf.dtype)) for leaf in shapes))
         return self._state
 
-    def sample(self, logits: jax.Array, rows: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> jax.Array:
-        """Tokens for the first ``len(rows)`` rows of ``logits`` [S, V], int32 [S] on the device.
+    def parameters(
+        self, size: int, rows: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]
+    ) -> tuple[Method, SamplingRows]:
+        """How a batch of ``size`` rows is sampled: the method, and by which parameters.
 
-        ``rows`` are the requests' rows and ``positions`` how many tokens each has generated before this one. A token is
-        `INVALID_TOKEN` where the logits are not finite or the masks allow no token.
+        The first are the requests in ``rows``, which have generated ``positions`` tokens before this one.
         """
-        size = logits.shape[0]
         method = Method(self._methods[rows].max())
-        program = self._program(method.name.lower(), size)
-        if method == Method.GREEDY:
-            return cast(jax.Array, program(logits))
         padded = np.full(size, self._max_rows)
         padded[: len(rows)] = rows
         floats, ints = self._floats[padded], self._ints[padded]
         ints[: len(rows), 1] = positions
-        floats[:, 6] = uniform(self._seeds[padded], ints[:, 1])
+        if method != Method.GREEDY:
+            floats[:, 6] = uniform(self._seeds[padded], ints[:, 1])
         packed: list[Any] = [floats, ints]
-        if method == Method.RANDOM:
-            return cast(jax.Array, program(logits, SamplingRows(*packed)))
-        tokens, self._state = program(logits, SamplingRows(*packed), self._allocated())
+        return method, SamplingRows(*packed)
+
+    def sample_with_state(self, logits: jax.Array, parameters: SamplingRows) -> jax.Array:
+        """Tokens for the rows of ``logits`` [S, V], of which some have a state; int32 [S] on the device.
+
+        A token is `INVALID_TOKEN` where the logits are not finite or the masks allow no token.
+        """
+        tokens, self._state = self._program("stateful", logits.shape[0])(logits, parameters, self._allocated())
         return cast(jax.Array, tokens)
 
     def logprobs(self, logits: jax.Array, tokens: jax.Array | npt.NDArray[np.int32]) -> TokenLogprobs:
@@ -181,12 +185,12 @@ class Sampler:
         return cast(TokenLogprobs, self._program("logprobs", logits.shape[0])(logits, tokens))
 
     def warm_up(self, sample_sizes: Iterable[int], scoring_sizes: Iterable[int]) -> None:
-        """Compiles what is not stored yet: all methods for batches of ``sample_sizes`` rows, log-probabilities of both.
+        """Compiles what is not stored yet: for batches of ``sample_sizes`` rows, and log-probabilities of both.
 
         Stored programs are loaded when they are first needed.
         """
         sampled = set(sample_sizes)
-        wanted: list[tuple[str, int]] = [(m.name.lower(), size) for m in Method for size in sorted(sampled)]
+        wanted = [("stateful", size) for size in sorted(sampled)]
         wanted += [("logprobs", size) for size in sorted(sampled | set(scoring_sizes))]
         wanted.append(("write-row", 0))
         forbidden, self._executables.forbid_compiles = self._executables.forbid_compiles, False
@@ -208,11 +212,7 @@ class Sampler:
     def _specification(self, kind: str, size: int) -> tuple[str, Any, list[Any]]:
         """Name, function and abstract arguments of the program for batches of ``size`` rows."""
         logits = _abstract((size, self._vocab_size), jnp.float32)
-        rows = SamplingRows(_abstract((size, 7), jnp.float32), _abstract((size, 4), jnp.int32))
-        if kind == "greedy":
-            return f"sample-greedy-{size}", jax.jit(sampling.greedy_tokens), [logits]
-        if kind == "random":
-            return f"sample-random-{size}", jax.jit(sampling.draw_tokens), [logits, rows]
+        rows = SamplingRows(*cast(Any, sampling.sampling_shapes(size)))
         if kind == "stateful":
             jitted = jax.jit(device.sample_with_state, donate_argnums=2)
             return f"sample-stateful-{size}", jitted, [logits, rows, self._abstract_state(self._max_rows)]

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import logging
 import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-# As in vLLM: temperatures below this mean greedy.
-GREEDY_BELOW = 1e-5
+logger = logging.getLogger(__name__)
+
+# As in vLLM: temperatures between 0 and this are raised to it, as dividing by less would overflow.
+LEAST_TEMPERATURE = 0.01
 MAX_N = 16384
 MAX_LOGIT_BIAS = 100.0
 _REFUSED = (
@@ -30,6 +33,14 @@ class SamplingParamsError(ValueError):
         self.parameter = parameter
 
 
+class SamplingType(enum.IntEnum):
+    """How the tokens of a request are chosen."""
+
+    GREEDY = 0
+    RANDOM = 1
+    RANDOM_SEED = 2  # with the request's own seed
+
+
 class RequestOutputKind(enum.Enum):
     """What each output of a running request holds."""
 
@@ -42,8 +53,8 @@ class RequestOutputKind(enum.Enum):
 class SamplingParams:
     """Parameters of a request. Assigned values are checked when a request is made of them, which keeps a copy.
 
-    Sequences may be given as any sequence or None and are kept as tuples; ``stop`` may be one string. Raises
-    `SamplingParamsError` with the parameter's name.
+    Sequences may be given as any sequence or None and are kept as lists; ``stop`` may be one string. Greedy sampling
+    sets top_p, top_k and min_p to what does nothing. Raises `SamplingParamsError` with the parameter's name.
     """
 
     # How many completions of the prompt; greedy sampling gives only one.
@@ -53,7 +64,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     # > 0: divides positive logits of tokens in prompt and output (1 = off).
     repetition_penalty: float = 1.0
-    # 0..2; below 1e-5 is greedy, and top_p, top_k and min_p do nothing.
+    # 0..2; 0 is greedy, and what lies between 0 and 0.01 becomes 0.01.
     temperature: float = 1.0
     # (0, 1]: smallest set of tokens with at least this much probability.
     top_p: float = 1.0
@@ -64,11 +75,11 @@ class SamplingParams:
     # A signed 64-bit number; None and -1 leave the choice to the engine.
     seed: int | None = None
     # Strings that end the output, which does not hold them unless include_stop_str_in_output.
-    stop: Sequence[str] = ()
+    stop: Sequence[str] = dataclasses.field(default_factory=list)
     # Tokens that end the output, besides the model's end of sequence.
-    stop_token_ids: Sequence[int] = ()
+    stop_token_ids: Sequence[int] = dataclasses.field(default_factory=list)
     # Words that are not generated: the last token of one is masked where the output ends with its other tokens.
-    bad_words: Sequence[str] = ()
+    bad_words: Sequence[str] = dataclasses.field(default_factory=list)
     include_stop_str_in_output: bool = False
     # Go on after the model's end of sequence.
     ignore_eos: bool = False
@@ -103,9 +114,19 @@ class SamplingParams:
         self._check_numbers()
         self._check_strings()
         if self.is_greedy and self.n > 1:
-            raise SamplingParamsError("n", f"is {self.n}, but greedy sampling (temperature 0) gives only one output")
+            raise SamplingParamsError(
+                "n", f"must be 1 when using greedy sampling, got {self.n}: temperature 0 gives only one output"
+            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise SamplingParamsError("min_tokens", f"is {self.min_tokens}, above max_tokens {self.max_tokens}")
+            raise SamplingParamsError(
+                "min_tokens", f"must be less than or equal to max_tokens={self.max_tokens}, got {self.min_tokens}"
+            )
+
+    @classmethod
+    def from_optional(cls, **values: Any) -> SamplingParams:
+        """The parameters of ``values``, where None is a parameter's default (for ``max_tokens``: no limit)."""
+        given = {name: value for name, value in values.items() if value is not None or name == "max_tokens"}
+        return cls(**given)
 
     def clone(self) -> SamplingParams:
         """A copy, checked again."""
@@ -114,7 +135,14 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         """Whether the most likely token is taken."""
-        return self.temperature < GREEDY_BELOW
+        return self.temperature == 0
+
+    @property
+    def sampling_type(self) -> SamplingType:
+        """Greedy, random, or random with a seed of its own."""
+        if self.is_greedy:
+            return SamplingType.GREEDY
+        return SamplingType.RANDOM if self.seed is None else SamplingType.RANDOM_SEED
 
     def check_model(self, vocab_size: int, max_logprobs: int) -> None:
         """Raises `SamplingParamsError` for token ids outside the vocabulary and for too many log-probabilities."""
@@ -131,8 +159,8 @@ class SamplingParams:
 
     def _normalise(self) -> None:
         """Brings the accepted spellings of a value to one; the rest of the class sees only that."""
-        self.stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
-        self.bad_words = _as_tuple("bad_words", self.bad_words)
+        self.stop = [self.stop] if isinstance(self.stop, str) else _as_list("stop", self.stop)
+        self.bad_words = _as_list("bad_words", self.bad_words)
         self.stop_token_ids = _as_token_ids("stop_token_ids", self.stop_token_ids)
         if self.allowed_token_ids is not None:
             allowed = _as_token_ids("allowed_token_ids", self.allowed_token_ids)
@@ -144,8 +172,8 @@ class SamplingParams:
         if self.seed == -1:
             self.seed = None
         for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is True:
-                setattr(self, name, 1)
+            if isinstance(getattr(self, name), bool):
+                setattr(self, name, int(getattr(self, name)))
 
     def _check_numbers(self) -> None:
         _check_int("n", self.n, 1, MAX_N)
@@ -153,6 +181,9 @@ class SamplingParams:
         _check_float("frequency_penalty", self.frequency_penalty, -2, 2)
         _check_float("repetition_penalty", self.repetition_penalty, 0, math.inf, low_open=True)
         _check_float("temperature", self.temperature, 0, 2)
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            logger.warning("temperature %s is raised to %s, the least above 0", self.temperature, LEAST_TEMPERATURE)
+            self.temperature = LEAST_TEMPERATURE
         _check_float("top_p", self.top_p, 0, 1, low_open=True)
         _check_int("top_k", self.top_k, -1)
         _check_float("min_p", self.min_p, 0, 1)
@@ -167,15 +198,17 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None:
                 _check_int(name, value, low, high)
+        if self.is_greedy:
+            self.top_p, self.top_k, self.min_p = 1.0, 0, 0.0
         if self.truncate_prompt_tokens == 0:
             raise SamplingParamsError("truncate_prompt_tokens", "is 0, which would leave no prompt")
 
     def _check_strings(self) -> None:
         for name in ("stop", "bad_words"):
             if not all(isinstance(text, str) and text for text in getattr(self, name)):
-                raise SamplingParamsError(name, "must hold only non-empty strings")
+                raise SamplingParamsError(name, "must hold strings, and cannot contain an empty string")
         if self.stop and not self.detokenize:
-            raise SamplingParamsError("stop", "needs the output's text, so it cannot go with detokenize=False")
+            raise SamplingParamsError("stop", "strings are only supported when detokenize is True")
         for name in _REFUSED:
             if getattr(self, name) is not None:
                 raise SamplingParamsError(name, "is not supported")
@@ -183,36 +216,34 @@ class SamplingParams:
 
 def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise SamplingParamsError(name, f"must be a whole number, not {value!r}")
+        raise SamplingParamsError(name, f"must be an integer, got {value!r}")
     if value < low or (high is not None and value > high):
-        limits = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise SamplingParamsError(name, f"must be {limits}, not {value}")
+        least = "non-negative" if low == 0 else f"at least {low}"
+        raise SamplingParamsError(name, f"must be {least if high is None else f'in [{low}, {high}]'}, got {value}")
 
 
 def _check_float(name: str, value: object, low: float, high: float, low_open: bool = False) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
-        raise SamplingParamsError(name, f"must be a finite number, not {value!r}")
+        raise SamplingParamsError(name, f"must be a finite number, got {value!r}")
     if not low <= value <= high or (low_open and value == low):
-        above = f"above {low}" if low_open else f"at least {low}"
-        raise SamplingParamsError(
-            name, f"must be {above}{'' if high == math.inf else f' and at most {high}'}, not {value}"
-        )
+        limits = f"in {'(' if low_open else '['}{low}, {high}]" if high < math.inf else f"greater than {low}"
+        raise SamplingParamsError(name, f"must be {limits}, got {value}")
 
 
-def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
+def _as_list(name: str, value: object) -> list[Any]:
     if value is None:
-        return ()
+        return []
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
-        raise SamplingParamsError(name, f"must be a list, not {value!r}")
-    return tuple(value)
+        raise SamplingParamsError(name, f"must be a list, got {value!r}")
+    return list(value)
 
 
-def _as_token_ids(name: str, value: object) -> tuple[int, ...]:
+def _as_token_ids(name: str, value: object) -> list[int]:
     """Token ids without repetitions."""
-    ids = _as_tuple(name, value)
+    ids = _as_list(name, value)
     for token_id in ids:
         _check_int(name, token_id, 0)
-    return tuple(dict.fromkeys(ids))
+    return list(dict.fromkeys(ids))
 
 
 def _as_logit_bias(value: Mapping[Any, Any]) -> dict[int, float]:

@@ -263,13 +263,34 @@ class Scheduler:
             request = self.waiting[index]
             if not request.status.is_ready:
                 index += 1
-            elif not draft.set_aside() or not self._admit(draft, request):
+            elif not draft.set_aside():
+                return
+            elif self._is_underway(request, prefix := self._find_prefix(request)):
+                draft.give_back()
+                index += 1
+            elif not self._admit(draft, request, prefix):
                 return
 
-    def _admit(self, draft: StepDraft, request: Request) -> bool:
+    def _is_underway(self, request: Request, prefix: Sequence[int]) -> bool:
+        """Whether someone before it is computing at least half of what it would compute, beginning after ``prefix``.
+
+        It then waits for those pages. For fewer it does not: its first token would come later to save little.
+        """
+        pool, hashes, num_known = self.pool, request.pages.hashes, len(request.token_ids)
+        half = (num_known - len(prefix) * pool.page_size) // 2
+        # A page's hash covers the pages before it, so the one at which half is reached tells of all.
+        page = len(prefix) + max(1, pool.num_pages_for(half)) - 1
+        if _is_scored(request) or page >= min(len(hashes), (num_known - 1) // pool.page_size):
+            return False
+        for other in self.running:
+            theirs = other.pages
+            if theirs.num_published <= page < len(theirs.hashes) and theirs.hashes[page] == hashes[page]:
+                return other.rank < request.rank
+        return False
+
+    def _admit(self, draft: StepDraft, request: Request, prefix: Sequence[int]) -> bool:
         """Starts a request if all its known tokens fit and leave the watermark, so that it is not preempted at once."""
         pool, num_known = self.pool, len(request.token_ids)
-        prefix = self._find_prefix(request)
         request.num_computed_tokens = len(prefix) * pool.page_size
         num_tokens = self._num_tokens(draft, request, num_known)
         end = request.num_computed_tokens + num_tokens

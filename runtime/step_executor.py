@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from distaff.compiler.artifact import Manifest
+from distaff.compiler.artifact import Manifest, ProgramSpec
+from distaff.kernels.paged_attention import StepBatch
 from distaff.kernels.sampling import INVALID_TOKEN, TokenLogprobs
 from distaff.runtime.input_batch import Indices, InputBatch
 from distaff.runtime.model_runner import ModelRunner
 from distaff.runtime.outputs import Logprob, PositionLogprobs
 from distaff.runtime.request import Request
-from distaff.runtime.sampling import Sampler
+from distaff.runtime.sampling import Method, Sampler
 from distaff.runtime.scheduler import SchedulerConfig
 from distaff.runtime.step_plan import ScheduledRequest
 
@@ -82,9 +83,11 @@ class StepExecutor:
         result = StepResult()
         if sampling or not scored:
             program = self._runner.bucket(int(lengths.sum()), len(rows), len(sampling))
-            logits = self._runner.execute(program, self._batch.build(program, rows, starts, lengths, lasts[sampling]))
+            batch = self._batch.build(program, rows, starts, lengths, lasts[sampling])
             if sampling:
-                self._sample(logits, [scheduled[i] for i in sampling], rows[sampling], result)
+                self._sample(program, batch, [scheduled[i] for i in sampling], rows[sampling], result)
+            else:
+                self._runner.execute(program, batch)
         if scored:
             self._score(scheduled, scored, rows, starts, lengths, result)
         return result
@@ -104,14 +107,23 @@ class StepExecutor:
         return row
 
     def _sample(
-        self, logits: jax.Array, scheduled: Sequence[ScheduledRequest], rows: Indices, result: StepResult
+        self,
+        program: ProgramSpec,
+        batch: StepBatch,
+        scheduled: Sequence[ScheduledRequest],
+        rows: Indices,
+        result: StepResult,
     ) -> None:
+        """Runs the step; of each row of ``scheduled`` it samples the next token."""
         for row, s in zip(rows.tolist(), scheduled, strict=True):
             if s.request.bad_words:
                 self._sampler.forbid(row, s.request)
         positions = np.array([s.start + s.num_tokens for s in scheduled], np.int32)
         prompts = np.array([s.request.num_prompt_tokens for s in scheduled], np.int32)
-        on_device = self._sampler.sample(logits, rows, positions - prompts)
+        method, parameters = self._sampler.parameters(program.samples, rows, positions - prompts)
+        logits, on_device = self._runner.execute(program, batch, parameters)
+        if method == Method.STATEFUL:
+            on_device = self._sampler.sample_with_state(logits, parameters)
         wanted = [s.request.sampling_params.logprobs for s in scheduled]
         logprobs = None
         if any(count is not None for count in wanted):
@@ -150,7 +162,8 @@ class StepExecutor:
             scheduled[i].request.prompt_token_ids[starts[i] + 1 :][:n] for i, n in zip(scored, counts, strict=True)
         ]
         targets[: len(indices)] = np.concatenate(prompts)
-        values = _on_host(self._sampler.logprobs(self._runner.execute(program, batch), targets))
+        logits, _ = self._runner.execute(program, batch)
+        values = _on_host(self._sampler.logprobs(logits, targets))
         at = 0
         for i, prompt in zip(scored, prompts, strict=True):
             request = scheduled[i].request

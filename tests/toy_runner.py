@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from distaff.compiler.artifact import PROGRAMS, TOKENIZER, Manifest, ProgramSpec
 from distaff.compiler.buckets import default_buckets
+from distaff.kernels.sampling import draw_tokens, greedy_tokens
 from distaff.runtime.executables import ExecutableCache
 
 VOCAB = 330
@@ -120,7 +121,7 @@ class ToyRunner:
                 return p
         raise AssertionError(f"no program for {tokens} tokens, {requests} requests, {samples} samples")
 
-    def execute(self, program, batch):
+    def execute(self, program, batch, rows=None):
         if self.fail is not None:
             raise self.fail
         count = int((batch.contexts > 0).sum())
@@ -134,7 +135,8 @@ class ToyRunner:
             context = self._context(batch, int(batch.rows[index]), int(batch.positions[index]))
             logits[i] = np.nan if self.break_row == context[0] else toy_logits(context)
         self.steps.append((total, count, len(set(batch.samples.tolist()))))
-        return jnp.asarray(logits)
+        logits = jnp.asarray(logits)
+        return logits, greedy_tokens(logits) if rows is None else draw_tokens(logits, rows)
 
     def _check_shapes(self, program, batch):
         t, r, s = program.tokens, program.requests, program.samples

@@ -78,14 +78,14 @@ def _vllm(dtype: str) -> Peer:
     )
 
 
-def _distaff(form: str, engine: str = "distaff", **environment: Any) -> Peer:
+def _distaff(form: str, engine: str = "distaff", pool: int = 256 << 20, **environment: Any) -> Peer:
     return Peer(
         engine=engine,
         driver="distaff_engine",
         dtype=form,
         weights=f"artifact:{form}",
         distribution="distaff",
-        options={"kv_cache_memory_bytes": 256 << 20},
+        options={"kv_cache_memory_bytes": pool},
         **environment,
     )
 
@@ -109,10 +109,13 @@ PEERS = (
     _distaff("bfloat16"),
     _distaff("int8"),
     _distaff("gguf"),
+    # With as large a pool as vLLM, which takes no smaller one.
+    _distaff("bfloat16", "distaff-1GiB", 1 << 30),
+    _distaff("int8", "distaff-1GiB", 1 << 30),
     # What XLA does by itself: distaff as it installs where there is no C++ compiler.
     _distaff(
         "float32",
-        "distaff-xla",
+        engine="distaff-xla",
         requirements=(f"{DRIVERS.parent.parent}[serve,gguf]",),
         in_development=True,
         install_environment={"CXX": "there-is-none"},

@@ -91,7 +91,7 @@ def build_artifact(
             _write(folder / PROGRAMS / programs[-1].spec.file, programs[-1].blob)
         tell("writing weights", 0, 1)
         (folder / WEIGHTS).mkdir()
-        weights = write_weights(step.weights, folder / WEIGHTS)
+        weights = write_weights(exporter.weights.arrays, folder / WEIGHTS)
         if model.tokenizer is not None:
             (folder / TOKENIZER).mkdir()
             model.tokenizer.save(folder / TOKENIZER)

@@ -12,7 +12,7 @@ import numpy as np
 
 from distaff.compiler import jax_compat
 from distaff.compiler.analysis.tokens import Kind
-from distaff.compiler.ir import ATTENTION, EMBED, MATMUL, ROW_PROGRAM, Node, Value
+from distaff.compiler.ir import ATTENTION, EMBED, MATMUL, ROW_PROGRAM, Graph, Node, Value
 from distaff.compiler.ir.evaluate import Evaluator
 from distaff.compiler.ir.types import KEY, QUERY, TOKENS
 from distaff.compiler.passes.matmul import PACKED_ROLES, ProductSpec
@@ -23,6 +23,7 @@ from distaff.compiler.passes.serve import ServePlan, Slot
 from distaff.compiler.serve_step import StepFunction
 from distaff.kernels.matmul import embed_rows, matmul
 from distaff.kernels.matmul.operation import ACTIVATIONS
+from distaff.kernels.matmul.pieces import Operand
 from distaff.kernels.paged_attention import StepBatch, paged_attention, read_context, row_shape, write_pages
 
 _ROW_BLOCK = 8  # tokens of a row program that are evaluated together
@@ -32,11 +33,13 @@ _ROW_BLOCK = 8  # tokens of a row program that are evaluated together
 class Weights:
     """What the step takes as weights, in order: arrays by name, and the values that each of them stands for.
 
-    An array of a rolled loop stands for one value of every layer, stacked along its first dimension.
+    An array of a rolled loop stands for one value of every layer, stacked along its first dimension. ``of_products``
+    are the names of those that packed products alone read.
     """
 
     arrays: dict[str, Any]
     values: tuple[tuple[Value, ...], ...]
+    of_products: frozenset[str]
 
 
 def collect_weights(plan: ServePlan, loop: LayerLoop | None = None) -> Weights:
@@ -44,7 +47,8 @@ def collect_weights(plan: ServePlan, loop: LayerLoop | None = None) -> Weights:
     stacked = {id(v): values for values in (loop.stacked if loop else ()) for v in values}
     arrays: dict[str, Any] = {}
     groups: list[tuple[Value, ...]] = []
-    for name, value in _named_weights(plan).items():
+    named = _named_weights(plan)
+    for name, value in named.items():
         group = stacked.get(id(value))
         if group is None:
             arrays[name] = value.data
@@ -52,14 +56,31 @@ def collect_weights(plan: ServePlan, loop: LayerLoop | None = None) -> Weights:
         elif value is group[0]:
             arrays[f"{name}.stacked"] = np.stack([np.asarray(v.data) for v in group])
             groups.append(group)
-    return Weights(arrays, tuple(groups))
+    others = _read_otherwise(plan)
+    of_products = frozenset(name for name, value in named.items() if loop is None and id(value) not in others)
+    return Weights(arrays, tuple(groups), of_products)
+
+
+def _read_otherwise(plan: ServePlan) -> set[int]:
+    """The values (by ``id``) that anything but a packed product takes, or such a product as its input or residual."""
+    exempt = (*PACKED_ROLES, "norm", "bias")
+    taken = {id(v) for graph in _graphs(plan) for v in graph.outputs}
+    for node in (n for graph in _graphs(plan) for n in graph.nodes):
+        spec: Any = node.params.get("spec")
+        is_packed = isinstance(spec, ProductSpec) and spec.format is not None
+        roles = spec.operands if is_packed else ("",) * len(node.inputs)
+        taken |= {id(v) for v, role in zip(node.inputs, roles, strict=True) if role not in exempt}
+    return taken
+
+
+def _graphs(plan: ServePlan) -> list[Graph]:
+    return [plan.graph, *(n.params["region"].body for n in plan.body if n.op == ROW_PROGRAM)]
 
 
 def _named_weights(plan: ServePlan) -> dict[str, Value]:
     """The values that are too large to be baked into the program, by unique name."""
     values: dict[int, Value] = {}
-    graphs = [plan.graph, *(n.params["region"].body for n in plan.body if n.op == ROW_PROGRAM)]
-    for graph in graphs:
+    for graph in _graphs(plan):
         for value in graph.constants():
             if not value.is_table and (value.name or np.size(value.data) > 1024):
                 values.setdefault(id(value), value)
@@ -74,10 +95,10 @@ def emit(plan: ServePlan, weights: Weights, loop: LayerLoop | None = None) -> St
     """The step function of a plan, with its layers in a loop if one is given; it is traced anew for every bucket."""
 
     def step(
-        arrays: Sequence[jax.Array], pages: Sequence[jax.Array], batch: StepBatch
+        arrays: Sequence[Operand], pages: Sequence[jax.Array], batch: StepBatch
     ) -> tuple[jax.Array, list[jax.Array]]:
         single: dict[int, Any] = {}
-        stacks: dict[int, jax.Array] = {}
+        stacks: dict[int, Any] = {}
         for values, array in zip(weights.values, arrays, strict=True):
             (single if len(values) == 1 else stacks)[id(values[0])] = array
         run = _Body(plan, single, list(pages), batch)
@@ -173,7 +194,7 @@ class _Body(Evaluator):
         )
         return [self.of_rows(value, rows) for value, rows in zip(node.outputs, results, strict=True)]
 
-    def packed(self, operands: Mapping[str, Value]) -> list[jax.Array]:
+    def packed(self, operands: Mapping[str, Value]) -> list[Operand]:
         return [self[operands[role]] for role in PACKED_ROLES if role in operands]
 
     def plain_matmul(self, spec: ProductSpec, node: Node) -> list[jax.Array]:

@@ -19,10 +19,12 @@ from jax import export
 from distaff.compiler.artifact import ProgramSpec
 from distaff.compiler.buckets import Bucket
 from distaff.compiler.errors import CompileError
+from distaff.compiler.lowering.joined import ProgramWeights
 from distaff.compiler.lowering.stablehlo import custom_calls, donated_arguments, operation_counts, source_files
 from distaff.compiler.serve_step import ServeStep
 from distaff.kernels import native
 from distaff.kernels.paged_attention import StepBatch, batch_shapes
+from distaff.kernels.sampling import SamplingRows, draw_tokens, sampling_shapes
 
 
 class LoweringError(CompileError):
@@ -44,11 +46,13 @@ class ExportedProgram:
 class StepExporter:
     """Exports one step for any bucket; decides once whether the number of pages can stay symbolic.
 
-    ``num_pages`` is used only if it cannot; `fixed_because` then says what stood against it.
+    ``num_pages`` is used only if it cannot; `fixed_because` then says what stood against it. ``weights`` are those of
+    the programs.
     """
 
     def __init__(self, step: ServeStep, *, page_size: int, pages_per_request: int, num_pages: int, platform: str):
         self._step = step
+        self.weights = ProgramWeights(step, platform)
         self._page_size = page_size
         self._pages_per_request = pages_per_request
         self._platform = platform
@@ -102,31 +106,35 @@ class StepExporter:
 
     @property
     def _page_positions(self) -> set[int]:
-        first = len(self._step.weights)
+        first = len(self.weights.arrays)
         return set(range(first, first + len(self._step.caches)))
 
     def _arguments(self, bucket: Bucket) -> list[jax.ShapeDtypeStruct]:
         """Weights, pages and batch as one flat list: dispatching nested inputs costs twice the time."""
-        weights = [jax.ShapeDtypeStruct(w.shape, w.dtype) for w in self._step.weights.values()]
+        weights = [jax.ShapeDtypeStruct(w.shape, w.dtype) for w in self.weights.arrays.values()]
         pages = [
             jax.ShapeDtypeStruct((c.layers, self._num_pages, self._page_size, *c.shape), jnp.dtype(c.dtype))
             for c in self._step.caches
         ]
         batch = batch_shapes(bucket.tokens, bucket.requests, bucket.samples, self._pages_per_request)
-        return [*weights, *pages, *batch]
+        return [*weights, *pages, *batch, *sampling_shapes(bucket.samples)]
 
     def _flat(self, bucket: Bucket) -> Callable[..., tuple[jax.Array, ...]]:
-        first_page, first_batch = len(self._step.weights), len(self._step.weights) + len(self._step.caches)
+        first_page = len(self.weights.arrays)
+        first_batch = first_page + len(self._step.caches)
+        first_sampling = first_batch + len(StepBatch._fields)
         wanted = (bucket.samples, self._step.vocab_size)
 
         def step(*arguments: jax.Array) -> tuple[jax.Array, ...]:
             pages = arguments[first_page:first_batch]
-            logits, new_pages = self._step.function(arguments[:first_page], pages, StepBatch(*arguments[first_batch:]))
+            weights = self.weights.of_step(arguments[:first_page])
+            logits, new_pages = self._step.function(weights, pages, StepBatch(*arguments[first_batch:first_sampling]))
             if logits.shape != wanted or logits.dtype != jnp.float32:
                 raise LoweringError(f"{bucket.name}: logits are {logits.dtype}{logits.shape}, not float32{wanted}")
             before, after = [p.aval for p in pages], [p.aval for p in new_pages]
             if [(a.shape, a.dtype) for a in before] != [(a.shape, a.dtype) for a in after]:
                 raise LoweringError(f"{bucket.name}: pages {before} went in and {after} came out")
-            return logits, *new_pages
+            tokens = draw_tokens(logits, SamplingRows(*arguments[first_sampling:]), platform=self._platform)
+            return logits, tokens, *new_pages
 
         return step

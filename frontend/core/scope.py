@@ -36,6 +36,15 @@ T = TypeVar("T")
 _EMPTY: Mapping[str, Any] = FrozenDict()
 
 
+def __getattr__(name: str) -> Any:
+    """The functions that run with scopes, which Flax has here; they are in ``core.functional``, which imports this."""
+    if name in ("apply", "bind", "init", "lazy_init"):
+        from distaff.frontend.core import functional
+
+        return getattr(functional, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+
+
 class Variable(Generic[T]):
     """A variable of a scope: read and, if its collection is mutable, assign ``value``."""
 

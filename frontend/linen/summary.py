@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -21,6 +20,7 @@ from distaff.frontend.linen.context import InterceptorContext, intercept_methods
 from distaff.frontend.linen.functional import ALL_BUT_INTERMEDIATES
 from distaff.frontend.linen.module import Module
 from distaff.frontend.linen.summary_text import array_text, size_text, tree_text
+from distaff.frontend.operation_counts import flops, vjp_flops
 
 Path = tuple[str, ...]
 
@@ -142,9 +142,8 @@ def module_table(
         own = {} if repeated else _own_variables(call.path, variables, paths)
         counted = _variables_at(call.path, variables) if len(call.path) == depth and not repeated else own
         inputs = _inputs(call.args, call.kwargs)
-        flops = _flops(call) if compute_flops else -1
-        vjp_flops = _flops(call, gradient=True) if compute_vjp_flops else -1
-        rows.append(Row(call.path, call.module, call.method, inputs, call.outputs, own, counted, flops, vjp_flops))
+        counts = _flops(call) if compute_flops else -1, _flops(call, gradient=True) if compute_vjp_flops else -1
+        rows.append(Row(call.path, call.module, call.method, inputs, call.outputs, own, counted, *counts))
     return Table(module, tuple(variables), rows)
 
 
@@ -193,20 +192,9 @@ def _flops(call: _Call, gradient: bool = False) -> int:
     def apply(variables: Any, rngs: Any, arrays: Sequence[Any]) -> Any:
         return run(lambda *args, **kwargs: call.module.apply(variables, *args, rngs=rngs, **kwargs), arrays)
 
-    def backward(variables: Any, rngs: Any, arrays: Sequence[Any]) -> Any:
-        outputs, vjp = jax.vjp(apply, variables, rngs, arrays)
-        return vjp(jax.tree.map(_cotangent, outputs))
-
     arrays = [leaves[place] for place in places]
     variables = jax.eval_shape(init, call.rngs, arrays)
-    cost = jax.jit(backward if gradient else apply).lower(variables, call.rngs, arrays).cost_analysis()
-    return int((cost or {}).get("flops", 0))
-
-
-def _cotangent(x: Any) -> Any:
-    """A value of the cotangent type of ``x``."""
-    is_inexact = jax.numpy.issubdtype(jax.numpy.result_type(x), np.inexact)
-    return jax.numpy.asarray(x) if is_inexact else np.zeros(np.shape(x), jax.dtypes.float0)
+    return (vjp_flops if gradient else flops)(apply, variables, call.rngs, arrays)
 
 
 def _size_and_bytes(tree: Any) -> tuple[int, int]:

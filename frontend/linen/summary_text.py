@@ -7,6 +7,8 @@ import enum
 from collections.abc import Mapping
 from typing import Any
 
+from distaff.frontend.typing import bytes_text
+
 
 def array_text(x: Any) -> str:
     """The dtype and shape of an array, as in ``float32[2,3]``."""
@@ -15,12 +17,7 @@ def array_text(x: Any) -> str:
 
 def size_text(size: int, size_in_bytes: int) -> str:
     """A number of values and of bytes, as in ``50 (200 B)``; empty for none."""
-    if not size:
-        return ""
-    for unit, one in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if size_in_bytes > one:
-            return f"{size:,} [dim]({size_in_bytes / one:,.1f} {unit})[/dim]"
-    return f"{size:,} [dim]({size_in_bytes:,} B)[/dim]"
+    return f"{size:,} [dim]({bytes_text(size_in_bytes)})[/dim]" if size else ""
 
 
 def tree_text(tree: Any) -> str:

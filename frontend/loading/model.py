@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from rich.console import Console
@@ -14,17 +14,21 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from distaff.compiler.ir import StoredBlocks
 from distaff.frontend import linen as nn
+from distaff.frontend import nnx
 from distaff.frontend.loading.checkpoint import Checkpoint, TokenizerFiles
 from distaff.frontend.loading.convert import load_params, stored_blocks
 from distaff.frontend.loading.gguf_file import open_gguf
 from distaff.frontend.loading.huggingface import open_folder
 from distaff.frontend.loading.source import locate
-from distaff.frontend.models import ConfigError, ModelConfig, build_model
+from distaff.frontend.models import ConfigError, ModelConfig, build_model, nnx_llama
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
     """A model in memory: ``module.apply({"params": params}, tokens)``, or `apply`, gives its logits.
+
+    With ``api="nnx"``, ``module`` is an object of NNX that holds the parameters, and ``module(tokens)`` gives them;
+    ``params`` are its arrays, in the tree that a module of Linen has.
 
     ``eos_token_ids`` end a generation; ``max_model_len`` is the longest sequence in tokens; ``tokenizer`` is None if
     the checkpoint has none; ``fingerprint`` changes whenever the files, the config, the tokenizer or the dtype do.
@@ -35,7 +39,7 @@ class LoadedModel:
     name: str
     architecture: str
     config: ModelConfig
-    module: nn.Module
+    module: nn.Module | nnx.Module
     params: dict[str, Any]
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
@@ -46,22 +50,35 @@ class LoadedModel:
 
     def apply(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
         """The plain forward pass: int32 tokens ``[B, S]`` to float32 logits ``[B, S, vocab]``."""
-        logits: jax.Array = self.module.apply({"params": params}, tokens)
+        logits: jax.Array
+        if isinstance(self.module, nn.Module):
+            logits = self.module.apply({"params": params}, tokens)
+        else:
+            logits = nnx_llama.Llama.from_params(self.config, params)(tokens)
         return logits
 
 
 def load_model(
-    source: str | Path, *, dtype: str = "auto", progress: bool = True, max_model_len: int | None = None
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    progress: bool = True,
+    max_model_len: int | None = None,
+    api: Literal["linen", "nnx"] = "linen",
 ) -> LoadedModel:
     """Loads a model.
 
     ``source`` is a Hugging Face folder, a ``.gguf`` file, a name on the Hugging Face hub ("org/name"), or
     "smollm2-135m", the demo model. Weights are kept and computed in ``dtype``: "float32", "bfloat16", "float16", or
     "auto", which is float32 on a CPU and bfloat16 elsewhere. ``max_model_len`` lowers the model's limit.
+    ``api`` says whether the module is one of Linen or of NNX.
 
     Raises `CheckpointError` (`SourceNotFoundError`, `DownloadError`, `CheckpointFormatError`, `TensorMismatchError`,
-    …) for files, and `ConfigError` for a model that is not implemented or a limit beyond the model's own.
+    …) for files, `ConfigError` for a model that is not implemented (so) or a limit beyond the model's own, and
+    ValueError for an ``api`` that there is not.
     """
+    if api not in ("linen", "nnx"):
+        raise ValueError(f'api is {api!r}; modules are of "linen" or of "nnx".')
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     located = locate(source)
@@ -69,13 +86,15 @@ def load_model(
     checkpoint = opener(located.path, dtype)
     limit = _max_model_len(checkpoint.config, max_model_len)
     module = build_model(checkpoint.config)
+    if api == "nnx":
+        nnx_llama.check_architecture(checkpoint.config)
     with _progress(located.name, checkpoint, progress) as advance:
         params = load_params(checkpoint, module, dtype, advance)
     return LoadedModel(
         name=located.name,
         architecture=checkpoint.config.architecture,
         config=checkpoint.config,
-        module=module,
+        module=nnx_llama.Llama.from_params(checkpoint.config, params) if api == "nnx" else module,
         params=params,
         eos_token_ids=checkpoint.eos_token_ids,
         bos_token_id=checkpoint.bos_token_id,

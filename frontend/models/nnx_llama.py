@@ -118,11 +118,19 @@ class LlamaBlock(nnx.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+def check_architecture(config: ModelConfig) -> None:
+    """Raise UnsupportedArchitectureError if the config is of a family with another block."""
+    if config.architecture == "gemma2":
+        raise UnsupportedArchitectureError(
+            "gemma2", ["llama and its kin; gemma2 is offered in Linen: build_model(config)"]
+        )
+
+
 class Llama(nnx.Module):
     """A decoder-only language model.
 
     >>> model = Llama(config, rngs=nnx.Rngs(0))
-    >>> model = Llama.from_params(loaded.config, loaded.params)  # of a checkpoint
+    >>> model = load_model("smollm2-135m", api="nnx").module  # of a checkpoint
     >>> graphdef, params = nnx.split(model)
     >>> compile_model(lambda params, tokens: nnx.merge(graphdef, params)(tokens), params, output=folder, ...)
     """
@@ -133,10 +141,7 @@ class Llama(nnx.Module):
         Raises:
             UnsupportedArchitectureError: the config is of a family with another block.
         """
-        if config.architecture == "gemma2":
-            raise UnsupportedArchitectureError(
-                "gemma2", ["llama and its kin; gemma2 is offered in Linen: build_model(config)"]
-            )
+        check_architecture(config)
         self.config = config
         self.embed = nnx.Embed(
             config.vocab_size,

@@ -5,55 +5,53 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from distaff.frontend.nnx.filters import PathParts
-from distaff.frontend.nnx.pytrees import Pytree
+from distaff.frontend.nnx.pytrees import Pytree, data
 from distaff.frontend.nnx.state import FlatState, State, filter_flat, iter_flat
 from distaff.frontend.nnx.traversal import iter_graph
 from distaff.frontend.nnx.variables import Variable
 
-Store = dict[str, Variable[Any]]
+CAPTURES = "__captures__"  # the attribute in which a module has a variable of each type, with a dict by name
 
 
-class _Captures(threading.local):
-    def __init__(self) -> None:
-        self.running: list[_Capture] = []
+def captured_in(module: Any) -> tuple[Variable[Any], ...] | None:
+    """Where ``sow`` and ``perturb`` of a module store values while a call on it is captured; None otherwise.
+
+    These are variables of the module, so that transforms take them along like others.
+    """
+    return module.__dict__.get(CAPTURES)  # type: ignore[no-any-return]
 
 
-_captures = _Captures()
+def _modules(module: Any) -> list[tuple[PathParts, Any]]:
+    return [(path, node) for path, node in iter_graph(module, graph=True) if isinstance(node, Pytree)]
 
 
-class _Capture:
-    """One call: for each node of the module, by its id, the path and what was stored under which name."""
-
-    def __init__(self, module: Any, init: Mapping[Any, Any] | None) -> None:
-        self.nodes = [(path, node) for path, node in iter_graph(module, graph=True) if isinstance(node, Pytree)]
-        self.stores: dict[int, Store] = {id(node): {} for _, node in self.nodes}
-        self._given: set[PathParts] = set()
-        at = {path: self.stores[id(node)] for path, node in self.nodes}
-        for path, variable in iter_flat(init or {}):
-            if path[:-1] not in at:
-                raise ValueError(f"`init` has {path}, and the captured module has nothing at {path[:-1]}.")
-            at[path[:-1]][path[-1]] = variable.copy()
-            self._given.add(path)
-
-    def states(self, types: tuple[type[Variable[Any]], ...]) -> tuple[State, ...]:
-        """For each type, what was stored of it."""
-        found = (((*path, name), value) for path, node in self.nodes for name, value in self.stores[id(node)].items())
-        wanted = ((path, value) for path, value in found if path not in self._given and type(value) in types)
-        flat = FlatState(wanted, sort=True)
-        return tuple(group.to_nested_state() for group in filter_flat(flat, types))
+def _begin(module: Any, types: tuple[type[Variable[Any]], ...], init: Mapping[Any, Any] | None) -> None:
+    """Give the modules variables to store values in."""
+    nodes = dict(_modules(module))
+    given: dict[PathParts, dict[type[Variable[Any]], dict[Any, Any]]] = {path: {} for path in nodes}
+    for path, variable in iter_flat(init or {}):
+        if path[:-1] not in given:
+            raise ValueError(f"`init` has {path}, and the captured module has nothing at {path[:-1]}.")
+        given[path[:-1]].setdefault(type(variable), {})[path[-1]] = variable.get_value()
+    for path, node in nodes.items():
+        values = {**{cls: {} for cls in types}, **given[path]}
+        setattr(node, CAPTURES, data(tuple(cls(value) for cls, value in values.items())))
 
 
-def captured_store(module: Any) -> Store | None:
-    """Where ``sow`` and ``perturb`` of a module store values while a call on it is captured; None otherwise."""
-    for capture in reversed(_captures.running):
-        if id(module) in capture.stores:
-            return capture.stores[id(module)]
-    return None
+def _end(module: Any, types: tuple[type[Variable[Any]], ...]) -> tuple[State, ...]:
+    """Take the variables away again: for each type, what was stored."""
+    stored: list[tuple[PathParts, Any]] = []
+    for path, node in _modules(module):
+        for variable in captured_in(node) or ():
+            if type(variable) in types:
+                stored += (((*path, name), type(variable)(value)) for name, value in variable.get_value().items())
+        if CAPTURES in node.__dict__:
+            delattr(node, CAPTURES)
+    return tuple(group.to_nested_state() for group in filter_flat(FlatState(stored, sort=True), types))
 
 
 @contextlib.contextmanager
@@ -83,13 +81,13 @@ def wrapped_methods(nodes: Iterable[Any], wrap: Callable[[Any, str], Any]) -> It
 _BASE_MODULES = frozenset(f"distaff.frontend.nnx.{name}" for name in ("module", "pytrees", "containers"))
 
 
-def _sowing(capture: _Capture, variable_type: type[Variable[Any]]) -> Callable[[Any, str], Any]:
+def _sowing(variable_type: type[Variable[Any]]) -> Callable[[Any, str], Any]:
     """For ``wrapped_methods``: methods of captured modules sow what they return, under their own names."""
 
     def wrap(method: Any, name: str) -> Any:
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
             out = method(self, *args, **kwargs)
-            if id(self) in capture.stores:
+            if captured_in(self) is not None:
                 self.sow(variable_type, name, out)
             return out
 
@@ -125,15 +123,14 @@ def capture(
 
     @functools.wraps(fn if not isinstance(fn, Pytree) else type(fn).__call__)
     def captured(*args: Any, **kwargs: Any) -> Any:
-        running = _Capture(own if isinstance(own, Pytree) else args[0] if args else None, init)
-        _captures.running.append(running)
-        nodes = [node for _, node in running.nodes] if method_outputs is not None else []
-        sown = wrapped_methods(nodes, _sowing(running, method_outputs or Variable))
+        module = own if isinstance(own, Pytree) else args[0] if args else None
+        nodes = [] if method_outputs is None else [node for _, node in _modules(module)]
+        _begin(module, var_types, init)
         try:
-            with sown:
+            with wrapped_methods(nodes, _sowing(method_outputs or Variable)):
                 out = fn(*args, **kwargs)
         finally:
-            _captures.running.remove(running)
-        return (out, *running.states(var_types)) if var_types else out
+            states = _end(module, var_types)
+        return (out, *states) if var_types else out
 
     return captured

@@ -1,65 +1,108 @@
-"""Settings of this process or of a ``with`` block: graph mode, graph updates, eager sharding, mutable arrays."""
+"""Settings of this thread or of a ``with`` block: graph mode, graph updates, eager sharding, kinds of variables."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
+
+from distaff.frontend.configurations import config
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+_values = threading.local()  # those that this thread has set
+_FLAGS = {  # where the others are
+    "graph_mode": "nnx_graph_mode",
+    "graph_updates": "nnx_graph_updates",
+    "eager_sharding": "flax_always_shard_variable",
+    "hijax": "flax_hijax_variable",
+}
+
+
+def current(name: str) -> bool:
+    """The value of a setting that holds here."""
+    value = getattr(_values, name, None)
+    return _default(name) if value is None else value
+
+
+def _default(name: str) -> bool:
+    return name in _FLAGS and config._read(_FLAGS[name])
+
+
+def _assign(changes: Mapping[str, bool | None]) -> dict[str, bool | None]:
+    """Set values, or with None the default; gives what was set before."""
+    before = {name: getattr(_values, name, None) for name in changes}
+    for name, value in changes.items():
+        if value is not None:
+            setattr(_values, name, value)
+        elif hasattr(_values, name):
+            delattr(_values, name)
+    return before
 
 
 class _Setting:
-    """A bool. Calling the class sets it; as a context manager, until the end of the ``with`` block, in this thread."""
+    """Sets values when it is made; as a context manager until the end of the ``with`` block; also a decorator."""
 
-    _default: ClassVar[bool]
-    _local: ClassVar[threading.local]
-
-    def __init_subclass__(cls, default: bool = True) -> None:
-        cls._default = default
-        cls._local = threading.local()
-
-    def __init__(self, value: bool, /) -> None:
-        self._before = self.get_default()
-        self._value = value
-        type(self)._default = value
+    def __init__(self, changes: Mapping[str, bool]) -> None:
+        self._changes = changes
+        self._before = _assign(changes)
 
     def __enter__(self) -> None:
-        type(self)._default = self._before
-        self.get_stack().append(self._value)
+        pass
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.get_stack().pop()
+        _assign(self._before)
 
-    @classmethod
-    def get_stack(cls) -> list[bool]:
-        """The values of the ``with`` blocks that this thread is in."""
-        if not hasattr(cls._local, "stack"):
-            cls._local.stack = []
-        return cls._local.stack  # type: ignore[no-any-return]
+    def __call__(self, f: _F) -> _F:
+        """``f`` with the values set while it runs, and nowhere else."""
+        _assign(self._before)
 
-    @classmethod
-    def get_default(cls) -> bool:
-        """The value outside ``with`` blocks."""
-        return cls._default
+        @functools.wraps(f)
+        def with_setting(*args: Any, **kwargs: Any) -> Any:
+            before = _assign(self._changes)
+            try:
+                return f(*args, **kwargs)
+            finally:
+                _assign(before)
+
+        return with_setting  # type: ignore[return-value]
+
+
+class _Switch(_Setting):
+    _name: ClassVar[str]
+
+    def __init_subclass__(cls, name: str) -> None:
+        cls._name = name
+
+    def __init__(self, value: bool, /) -> None:
+        super().__init__({self._name: value})
 
     @classmethod
     def current_value(cls) -> bool:
         """The value that holds here."""
-        stack = cls.get_stack()
-        return stack[-1] if stack else cls._default
+        return current(cls._name)
+
+    @classmethod
+    def get_default(cls) -> bool:
+        """The value where none was set: that of ``flax.config``."""
+        return _default(cls._name)
 
 
-class set_graph_mode(_Setting):
+class set_graph_mode(_Switch, name="graph_mode"):
     """Whether functions with ``graph=None`` follow shared references and cycles (True), or see plain trees."""
 
 
-class set_graph_updates(_Setting):
+class set_graph_updates(_Switch, name="graph_updates"):
     """Whether transforms with ``graph_updates=None`` pass changes of structure on to the objects they were given."""
 
 
-class use_eager_sharding(_Setting):
+class use_eager_sharding(_Switch, name="eager_sharding"):
     """Whether variables with ``out_sharding`` are laid out on the mesh when they are made."""
 
 
@@ -69,28 +112,31 @@ def using_eager_sharding() -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class VarDefaults:
+class VarDefaults(Mapping[str, bool]):
     """What variables are made with where the constructor is not told."""
 
-    hijax: bool = False
-    ref: bool = False
+    hijax: bool
+    ref: bool
 
+    def __getitem__(self, key: str) -> bool:
+        return vars(self)[key]  # type: ignore[no-any-return]
 
-class _Ref(_Setting, default=False):
-    pass
+    def __iter__(self) -> Iterator[str]:
+        return iter(vars(self))
 
-
-def ref_by_default() -> bool:
-    """Whether variables keep their values in mutable arrays if not told otherwise."""
-    return _Ref.current_value()
+    def __len__(self) -> int:
+        return len(vars(self))
 
 
 def var_defaults(*, hijax: bool | None = None, ref: bool | None = None) -> VarDefaults | _Setting:
-    """What variables are made with where the constructor is not told; with ``ref``, sets it, or for a ``with`` block.
+    """What variables are made with where the constructor is not told; with arguments, sets it.
 
-    Raises:
-        NotImplementedError: ``hijax=True``.
+    >>> with nnx.var_defaults(ref=True):  # also a decorator
+    ...     model = Model(rngs)
+
+    Args:
+        hijax: make variables that JAX's own transforms may change: see ``nnx.Variable``.
+        ref: keep values in mutable arrays.
     """
-    if hijax:
-        raise NotImplementedError("Variables as JAX types of their own (hijax=True) are not supported; leave it out.")
-    return VarDefaults(ref=ref_by_default()) if ref is None else _Ref(ref)
+    changes = {name: value for name, value in (("hijax", hijax), ("ref", ref)) if value is not None}
+    return _Setting(changes) if changes else VarDefaults(current("hijax"), current("ref"))

@@ -15,15 +15,19 @@ from typing import Any
 import jax
 
 from distaff.frontend import struct
-from distaff.frontend.nnx import graph as graphs
+from distaff.frontend.nnx import graph_functions as graphs
 from distaff.frontend.nnx.filters import Filter
-from distaff.frontend.nnx.graphdef import Build, GraphDef, NodeDef, nested_leaves
+from distaff.frontend.nnx.graphdef import Build, GraphDef, NodeDef, NoUpdate, as_output, nested_leaves
 from distaff.frontend.nnx.object_trees import is_object
+from distaff.frontend.nnx.prefix_mapping import broadcast_prefix
 from distaff.frontend.nnx.state import FlatState, State, split_flat
+from distaff.frontend.nnx.stored_values import changes_in_place
 from distaff.frontend.nnx.structure import Walk
+from distaff.frontend.nnx.traversal import iter_graph
 from distaff.frontend.nnx.variables import Variable
 
 _Decorated = Callable[..., Any]
+MISSING: Any = object()
 
 
 class UpdateContext:
@@ -109,6 +113,9 @@ class SplitContext:
         if not with_paths:
             return definition, [cell._raw_value for cell in cells]
         leaves = [cell if isinstance(cell, Variable) else cell._raw_value for cell in cells]
+        if context is not None and context.inner:
+            known = {id(x) for x in context.inner}
+            leaves = [_leaving(x, id(x) in known) for x in leaves]
         flat = FlatState.from_sorted_keys_values(definition.paths, leaves)
         return (definition, *split_flat(flat, filters)) if filters else (definition, flat)
 
@@ -120,6 +127,15 @@ class SplitContext:
         if not filters:
             return definition, State(nested_leaves(definition.root, iter(flat[0].leaves)), _copy=False)
         return (definition, *(group.to_nested_state() for group in flat))
+
+
+def _leaving(x: Any, known: bool) -> Any:
+    """A variable or mutable array on its way out of a transform, which these cannot pass themselves."""
+    stored = x._raw_value if isinstance(x, Variable) else x
+    if not changes_in_place(stored):
+        return x
+    passed = NoUpdate() if known else as_output(stored)
+    return x._of(passed, x._var_metadata) if isinstance(x, Variable) else passed
 
 
 class MergeContext:
@@ -174,7 +190,7 @@ def merge_context(ctxtag: Hashable | None = None, inner: bool | None = None) -> 
 class NodeStates(struct.PyTreeNode):
     """An object in a tree of JAX: its definition, static, and its states."""
 
-    _graphdef: GraphDef[Any] | None = struct.field(pytree_node=False)
+    _graphdef: GraphDef[Any] | None
     states: tuple[Any, ...]
     metadata: Any = struct.field(pytree_node=False, default=None)
 
@@ -218,21 +234,114 @@ class NodeStates(struct.PyTreeNode):
         return cls(_graphdef=None, states=tuple(prefixes), metadata=metadata)
 
 
-def to_tree(tree: Any, /, *, ctxtag: Hashable | None = None) -> Any:
-    """The tree with ``NodeStates`` in the places of objects, which share one numbering: a tree for JAX's transforms."""
+def is_tree_node(x: Any) -> bool:
+    """Whether ``x`` is what ``to_tree`` puts in the place of an object."""
+    return isinstance(x, NodeStates)
+
+
+def merge_tree_node(context: MergeContext, path: Any, prefix: Any, leaf: NodeStates) -> Any:
+    """The object of ``NodeStates``: how ``from_tree`` merges if it is not told."""
+    return context.merge(leaf.graphdef, *leaf.states)
+
+
+def _split_object(context: SplitContext, path: Any, prefix: Any, leaf: Any) -> NodeStates:
+    return NodeStates.from_split(*context.split(leaf))
+
+
+def _map_with_prefix(f: Callable[[Any, Any, Any], Any], tree: Any, prefix: Any, is_leaf: Callable[[Any], bool]) -> Any:
+    """The tree of ``f(key path, what the prefix has there, leaf)``."""
+    treedef: Any
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    given = [prefix] * len(leaves)
+    if prefix is not MISSING and prefix is not None:
+        given = broadcast_prefix(prefix, tree, lambda x: x is None or is_leaf(x), is_leaf)
+    return treedef.unflatten([f(path, of, leaf) for (path, leaf), of in zip(leaves, given, strict=True)])
+
+
+def _check_prefixes(first: dict[int, tuple[Any, Any]], path: Any, prefix: Any, node: Any) -> None:
+    """Raise ValueError if something in an object stood at a place with another prefix before."""
+    for _, x in iter_graph(node, graph=True):
+        if is_object(x):
+            where, before = first.setdefault(id(x), (path, prefix))
+            if before != prefix:
+                there, here = map(jax.tree_util.keystr, (where, path))
+                raise ValueError(
+                    f"Inconsistent aliasing detected: a {type(x).__name__} stands at {there} and at {here}, with the "
+                    f"prefix {before!r} there and {prefix!r} here."
+                )
+
+
+def to_tree(
+    tree: Any,
+    /,
+    *,
+    prefix: Any = MISSING,
+    split_fn: Callable[[SplitContext, Any, Any, Any], Any] = _split_object,
+    map_non_graph_nodes: bool = False,
+    ctxtag: Hashable | None = None,
+    check_aliasing: bool = True,
+) -> Any:
+    """The tree with ``NodeStates`` in the places of objects, which share one numbering: a tree for JAX's transforms.
+
+    Args:
+        tree: what holds objects.
+        prefix: a prefix of the tree, such as axes, whose parts ``split_fn`` gets.
+        split_fn: ``(context, key path, prefix, object) -> what to put in its place``.
+        map_non_graph_nodes: call ``split_fn`` with other leaves too.
+        ctxtag: the tag of a running ``nnx.update_context``, of which this is a step then.
+        check_aliasing: refuse objects that stand at places with different prefixes.
+
+    Raises:
+        ValueError: the prefix has another structure, or different parts for places of one object.
+    """
+    first: dict[int, tuple[Any, Any]] = {}
     with split_context(ctxtag) as context:
-        return jax.tree.map(
-            lambda x: NodeStates.from_split(*context.split(x)) if is_object(x) else x, tree, is_leaf=is_object
-        )
+
+        def split(path: Any, prefix: Any, leaf: Any) -> Any:
+            if not is_object(leaf):
+                return split_fn(context, path, prefix, leaf) if map_non_graph_nodes else leaf
+            if check_aliasing and prefix is not MISSING:
+                _check_prefixes(first, path, prefix, leaf)
+            return split_fn(context, path, prefix, leaf)
+
+        return _map_with_prefix(split, tree, prefix, is_object)
 
 
-def from_tree(tree: Any, /, *, is_inner: bool | None = None, ctxtag: Hashable | None = None) -> Any:
-    """The inverse of ``to_tree``."""
+def from_tree(
+    tree: Any,
+    /,
+    *,
+    prefix: Any = MISSING,
+    merge_fn: Callable[[MergeContext, Any, Any, Any], Any] = merge_tree_node,
+    is_node_leaf: Callable[[Any], bool] = is_tree_node,
+    is_leaf: Callable[[Any], bool] = is_tree_node,
+    map_non_graph_nodes: bool = False,
+    is_inner: bool | None = None,
+    ctxtag: Hashable | None = None,
+) -> Any:
+    """The inverse of ``to_tree``.
 
-    def is_states(x: Any) -> bool:
-        return isinstance(x, NodeStates)
+    Args:
+        tree: what ``to_tree`` returned.
+        prefix: a prefix of the tree, whose parts ``merge_fn`` gets.
+        merge_fn: ``(context, key path, prefix, leaf) -> object``.
+        is_node_leaf: which leaves are given to ``merge_fn``.
+        is_leaf: which parts of the tree are leaves.
+        map_non_graph_nodes: call ``merge_fn`` with all leaves.
+        is_inner: as ``inner`` of ``nnx.merge_context``.
+        ctxtag: as of ``nnx.merge_context``.
 
+    Raises:
+        ValueError: the prefix has another structure; only one of ``is_inner`` and ``ctxtag`` is given.
+    """
     with merge_context(ctxtag, is_inner) as context:
-        return jax.tree.map(
-            lambda x: context.merge(x.graphdef, *x.states) if is_states(x) else x, tree, is_leaf=is_states
-        )
+
+        def merge(path: Any, prefix: Any, leaf: Any) -> Any:
+            return merge_fn(context, path, prefix, leaf) if map_non_graph_nodes or is_node_leaf(leaf) else leaf
+
+        return _map_with_prefix(merge, tree, prefix, is_leaf)
+
+
+def clear_non_graph_nodes(tree: Any) -> Any:
+    """The tree with None for all that is no object."""
+    return jax.tree.map(lambda x: x if is_object(x) else None, tree, is_leaf=is_object)

@@ -7,7 +7,7 @@ variable's ``tag``); ``...`` or True (all); None or False (none); a list or tupl
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any as Anything
 from typing import TypeAlias
 
@@ -64,6 +64,26 @@ class PathContains:
         if self.exact:
             return self.key in path
         return any(str(self.key) in str(part) for part in path)
+
+
+class PathIn:
+    """Matches what stands at one of some paths."""
+
+    def __init__(self, *paths: PathParts) -> None:
+        self.paths = frozenset(paths)
+
+    def __call__(self, path: PathParts, x: Anything) -> bool:
+        """Whether ``path`` is one of them."""
+        return path in self.paths
+
+    def __repr__(self) -> str:
+        return f"PathIn({', '.join(map(repr, self.paths))})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PathIn) and self.paths == other.paths
+
+    def __hash__(self) -> int:
+        return hash(self.paths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +163,7 @@ class Nothing(_Combined):
         return False
 
 
-def ordered_predicates(filters: tuple[Filter, ...]) -> list[Predicate]:
+def filters_to_predicates(filters: Sequence[Filter]) -> tuple[Predicate, ...]:
     """The filters as predicates, of which the first that matches takes a value.
 
     Raises:
@@ -154,4 +174,4 @@ def ordered_predicates(filters: tuple[Filter, ...]) -> list[Predicate]:
             rest = [f for f in filters[i + 1 :] if f is not Ellipsis and f is not True]
             if rest:
                 raise ValueError(f"`...` or `True` can only be used as the last filters, got {filter} at index {i}.")
-    return list(map(to_predicate, filters))
+    return tuple(map(to_predicate, filters))

@@ -1,53 +1,20 @@
-"""Objects as values: ``GraphState`` (definition and state in one), ``call`` and variables made plain or mutable."""
+"""Objects as values: ``unpack``, ``call``, and variables made plain or mutable."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from distaff.frontend.nnx import graph as graphs
+from distaff.frontend.nnx import graph_functions as graphs
 from distaff.frontend.nnx.filters import Filter, to_predicate
+from distaff.frontend.nnx.graph_state import GraphState
 from distaff.frontend.nnx.graphdef import GraphDef
 from distaff.frontend.nnx.state import State
 from distaff.frontend.nnx.traversal import find_duplicates
 from distaff.frontend.nnx.variables import Variable
-
-
-class GraphState(MutableMapping[Any, Any]):
-    """A definition and (a part of) its state; a mapping as the state is one, and a pytree node with its leaves."""
-
-    def __init__(self, _graphdef: GraphDef[Any], _state: State) -> None:
-        self.graphdef = _graphdef
-        self.state = _state
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.state[key]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.state[key] = value
-
-    def __delitem__(self, key: Any) -> None:
-        del self.state[key]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.state)
-
-    def __len__(self) -> int:
-        return len(self.state)
-
-    def __repr__(self) -> str:
-        return f"GraphState({self.graphdef!r}, {self.state!r})"
-
-
-jax.tree_util.register_pytree_with_keys(
-    GraphState,
-    lambda x: (((jax.tree_util.GetAttrKey("state"), x.state),), x.graphdef),
-    lambda graphdef, children: GraphState(graphdef, *children),
-    lambda x: ((x.state,), x.graphdef),
-)
 
 
 def unpack(node: Any, *filters: Filter, graph: bool | None = None) -> Any:
@@ -109,29 +76,38 @@ def with_vars(
     only: Filter = ...,
     allow_duplicates: bool = False,
 ) -> Any:
-    """A copy of an object whose variables lie in mutable arrays (``ref=True``), or no longer do (``ref=False``).
+    """A copy of an object with variables of other kinds where they are not of those already.
+
+    Args:
+        node: the object, or a state.
+        hijax: whether JAX's own transforms may change them: see ``nnx.Variable``.
+        ref: whether they lie in mutable arrays.
+        mutable: the metadata of this name.
+        only: which variables.
+        allow_duplicates: also copy variables that stand at several places, of which there is one copy then.
 
     Raises:
-        NotImplementedError: ``hijax`` or ``mutable`` is given.
-        ValueError: a variable stands at two places, unless ``allow_duplicates``.
+        ValueError: a variable to be copied stands at two places, unless ``allow_duplicates``.
     """
-    if hijax or mutable is not None:
-        raise NotImplementedError("with_vars changes `ref` only; hijax and mutable are not supported.")
-    if not allow_duplicates:
-        duplicates = find_duplicates(node, only=Variable)
-        if duplicates:
-            raise ValueError(f"Variables stand at several places: {duplicates}. Pass allow_duplicates=True.")
+    given = {"hijax": hijax, "ref": ref, "mutable": mutable}
+    wanted = {name: value for name, value in given.items() if value is not None}
     matches = to_predicate(only)
 
-    def convert(path: Any, x: Any) -> Any:
-        if not isinstance(x, Variable) or ref is None or not matches(path, x):
-            return x
-        raw: Any = x.get_raw_value()
-        if ref and not x.ref:
-            return x.copy(jax.new_ref(raw))
-        return x.copy(raw[...]) if x.ref and not ref else x.copy()
+    def is_other(path: Any, x: Any) -> bool:
+        if not isinstance(x, Variable) or not matches(path, x):
+            return False
+        return any(x.get_metadata(name, None) != value for name, value in wanted.items())
 
-    return graphs.map(convert, node, graph=True)
+    if not allow_duplicates:
+        duplicates = find_duplicates(node, only=is_other)
+        if duplicates:
+            raise ValueError(
+                f"Found duplicate at paths: {duplicates}. A variable stands at several places; to copy it once, "
+                "pass allow_duplicates=True."
+            )
+    return graphs.map(
+        lambda path, x: x.copy(**wanted) if is_other(path, x) else x, node, graph=True, recreate_variables=False
+    )
 
 
 vars_as = with_vars

@@ -10,10 +10,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from distaff.frontend.jax_compat import Box
 from distaff.frontend.nnx import config
 from distaff.frontend.nnx.filters import PathParts
 from distaff.frontend.nnx.pytrees import STATUSES, empty_node
-from distaff.frontend.nnx.state import State, iter_flat, raw_dict
+from distaff.frontend.nnx.state import State, iter_flat, key_order, raw_dict
 from distaff.frontend.nnx.variables import _NO_METADATA, Variable
 
 Node = TypeVar("Node")
@@ -105,9 +106,9 @@ LEAF = Leaf()
 
 
 class VariableDef(NamedTuple):
-    """A variable, at its first occurrence."""
+    """A variable or mutable array, at its first occurrence."""
 
-    type: type[Variable[Any]]
+    type: type[Any]
     number: int
     metadata: Constant
 
@@ -131,6 +132,52 @@ class NodeDef(NamedTuple):
     attributes: tuple[tuple[Any, Spec], ...]
     metadata: Any
 
+
+class TreeNodeDef(NamedTuple):
+    """What ``GraphDef.nodes`` has of a definition made in tree mode, which knows no sharing: the leaves by path."""
+
+    path_index: tuple[tuple[PathParts, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRefOutput:
+    """The value of a mutable array that was made inside a transform, which cannot come out itself; a pytree node."""
+
+    value: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxOutput:
+    """Likewise, of what a variable made with ``hijax=True`` stores."""
+
+    value: Any
+
+
+_OUTPUTS = (ArrayRefOutput, BoxOutput)
+
+
+def as_output(stored: Any) -> Any:
+    """What to return from a transform of a new mutable array, or a box; other values as they are."""
+    if isinstance(stored, jax.Ref):
+        return ArrayRefOutput(stored[...])
+    return BoxOutput(stored.get()) if isinstance(stored, Box) else stored
+
+
+def from_output(value: Any) -> Any:
+    """The inverse of ``as_output``."""
+    if isinstance(value, ArrayRefOutput):
+        return jax.new_ref(value.value)
+    return Box(value.value) if isinstance(value, BoxOutput) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class NoUpdate:
+    """In the place of a mutable array that was given to a transform: it changed in place. A pytree without leaves."""
+
+
+jax.tree_util.register_dataclass(ArrayRefOutput, ["value"], [])
+jax.tree_util.register_dataclass(BoxOutput, ["value"], [])
+jax.tree_util.register_static(NoUpdate)
 
 Spec = NodeDef | VariableDef | NodeRef | Constant | Leaf
 NO_METADATA = Constant({})
@@ -179,8 +226,11 @@ class GraphDef(Generic[Node]):
         return f"GraphDef({self.root!r}, num_leaves={self.num_leaves})"
 
     @property
-    def nodes(self) -> list[Spec]:
-        """The definitions of nodes, containers and variables, and references to them, in order."""
+    def nodes(self) -> list[Any]:
+        """The definitions of nodes, containers and variables, and references to them, in order; of a tree, one."""
+        if not self.graph:
+            numbered = ((path, i) for i, path in enumerate(self.paths))
+            return [TreeNodeDef(tuple(sorted(numbered, key=lambda pair: [key_order(key) for key in pair[0]])))]
         return [spec for _, spec in iter_specs(self.root) if isinstance(spec, NodeDef | VariableDef | NodeRef)]
 
     @property
@@ -212,6 +262,7 @@ class GraphDef(Generic[Node]):
 
 
 jax.tree_util.register_static(GraphDef)
+PureState = tuple[GraphDef[Node], State]
 
 
 def iter_specs(spec: Spec, path: PathParts = ()) -> Iterator[tuple[PathParts, Spec]]:
@@ -239,7 +290,8 @@ class Build:
     Args:
         leaves: variables or values, in the order of the definitions.
         copy: make new variables of those given.
-        recreate: make new variables of those that belong to another JAX transform than the one that runs.
+        recreate: make new variables of those that belong to another JAX transform than the one that runs, and of values
+            that are none.
         existing: objects by index to fill again instead of making new ones.
     """
 
@@ -295,14 +347,24 @@ class Build:
 
     def _variable(self, spec: VariableDef) -> Any:
         value = next(self._leaves)
+        if type(value) in _OUTPUTS:
+            value = from_output(value)
         existing = self._existing.get(spec.number)
-        if existing is not None:
+        variable: Any
+        if spec.type is jax.Ref:
+            variable = value if existing is None else existing
+        elif existing is not None:
             variable = existing
-            if value is not None:  # as for mutable arrays, which changed in place
-                existing.write(value._raw_value if isinstance(value, Variable) else value)
+            raw = from_output(value._raw_value) if isinstance(value, Variable) else value
+            if raw is not None and not isinstance(raw, NoUpdate):  # mutable arrays changed in place
+                existing.write(raw)
             object.__setattr__(existing, "_var_metadata", spec.metadata.value)
+        elif not isinstance(value, Variable) and not self._recreate:
+            variable = value
         elif not isinstance(value, Variable):
             variable = spec.type.from_metadata(value, spec.metadata.value or _NO_METADATA)
+        elif type(value._raw_value) in _OUTPUTS:
+            variable = value._of(from_output(value._raw_value), value._var_metadata)
         elif self._copy or (self._recreate and not value._can_update):
             variable = value.copy()
         else:

@@ -14,19 +14,21 @@ T = TypeVar("T", bound=type)
 
 
 class Kind(enum.IntEnum):
-    """See the module's text. ``DATA`` is an array, or of a type that ``register_data_type`` was told of.
+    """See the module's text. ``DATA`` is an array, or of a type that ``register_data_type`` was told of; ``REF`` a
+    mutable array.
 
     What is not above ``DATA`` is data when it is assigned to an attribute.
     """
 
     VARIABLE = 1
     NODE = 2
-    DATA = 3
-    CONTAINER = 4
-    STATIC = 5
+    REF = 3
+    DATA = 4
+    CONTAINER = 5
+    STATIC = 6
 
 
-_registered: list[type] = [jax.Array, jax.Ref, np.ndarray, jax.core.Tracer]
+_registered: list[type] = [jax.Array, np.ndarray]
 _of_type: dict[type, Kind] = {}
 _node_types: list[type] = []
 
@@ -37,10 +39,14 @@ def kind_of(x: Any) -> Kind:
 
 
 def _classify(x: Any) -> Kind:
+    if isinstance(x, jax.core.Tracer):  # of one type, whatever it stands for
+        return Kind.REF if isinstance(x, jax.Ref) else Kind.DATA
     if isinstance(x, Variable):
         kind = Kind.VARIABLE
     elif isinstance(x, tuple(_node_types)):
         kind = Kind.NODE
+    elif isinstance(x, jax.Ref):
+        kind = Kind.REF
     elif isinstance(x, tuple(_registered)):
         kind = Kind.DATA
     elif x is None or jax.tree_util.default_registry.flatten_one_level(x) is None:
@@ -88,3 +94,13 @@ def has_data(value: Any, /) -> list[Any]:
     if kind is Kind.CONTAINER:
         return [leaf for child in children_of(value) for leaf in has_data(child)]
     return [value] if kind <= Kind.DATA else []
+
+
+def is_node(x: Any) -> bool:
+    """Whether ``x`` is a module or another object with attributes, or a container."""
+    return kind_of(x) in (Kind.NODE, Kind.CONTAINER)
+
+
+def is_graph_node(x: Any) -> bool:
+    """Whether ``x`` may be shared: a module or another object with attributes, a variable, or a mutable array."""
+    return kind_of(x) <= Kind.REF

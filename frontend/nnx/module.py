@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
-from distaff.frontend.nnx.capture import captured_store
+from distaff.frontend.nnx.capture import capture as capture
+from distaff.frontend.nnx.capture import captured_in
 from distaff.frontend.nnx.filters import Filter, PathParts, to_predicate
-from distaff.frontend.nnx.graph import clone
+from distaff.frontend.nnx.graph_functions import clone
 from distaff.frontend.nnx.pytrees import Pytree, PytreeMeta
 from distaff.frontend.nnx.traversal import iter_children, iter_graph
-from distaff.frontend.nnx.variable_names import variable_type_from_name
-from distaff.frontend.nnx.variables import Intermediate, Perturbation, Variable
+from distaff.frontend.nnx.variable_kinds import Intermediate, Perturbation, variable_type_from_name
+from distaff.frontend.nnx.variables import Variable
 
 A = TypeVar("A")
 ModuleMeta = PytreeMeta
@@ -51,9 +52,12 @@ class Module(Pytree):
             ValueError: the attribute is no variable, or one of another type.
         """
         cls = _variable_type(variable_type)
+        captured = captured_in(self)
+        if captured is not None:
+            return _store(captured, cls, name, value, reduce_fn, init_fn)
         current = self._sown(cls, name)
         if current is None:
-            self._store(name, cls(reduce_fn(init_fn(), value)))
+            setattr(self, name, cls(reduce_fn(init_fn(), value)))
         else:
             current.set_value(reduce_fn(current.get_value(), value))
         return True
@@ -70,22 +74,19 @@ class Module(Pytree):
             ValueError: the attribute is no variable, or one of another type.
         """
         cls = _variable_type(variable_type)
+        captured = captured_in(self)
+        if captured is not None:
+            if _store(captured, cls, name, value, lambda old, new: old, lambda: jnp.zeros_like(value)):
+                return next(v for v in captured if type(v) is cls)[name] + value
+            return value
         current = self._sown(cls, name)
         if current is None:
             current = cls(jnp.zeros_like(value))
-            self._store(name, current)
+            setattr(self, name, current)
         return current.get_value() + value
 
-    def _store(self, name: str, variable: Variable[Any]) -> None:
-        store = captured_store(self)
-        if store is None:
-            setattr(self, name, variable)
-        else:
-            store[name] = variable
-
     def _sown(self, cls: type[Variable[Any]], name: str) -> Variable[Any] | None:
-        store = captured_store(self)
-        current: Any = self.__dict__.get(name) if store is None else store.get(name)
+        current: Any = self.__dict__.get(name)
         if current is None:
             return None
         if not isinstance(current, Variable):
@@ -129,6 +130,23 @@ class Module(Pytree):
     def _set_mode(self, value: bool, attributes: dict[str, Any]) -> None:
         modes = {"deterministic": value, "use_running_average": value}
         self.set_attributes(**{**modes, **attributes}, raise_if_not_found=False)
+
+
+def _store(
+    captured: Iterable[Variable[Any]],
+    cls: type[Variable[Any]],
+    name: str,
+    value: Any,
+    reduce_fn: Callable[[Any, Any], Any],
+    init_fn: Callable[[], Any],
+) -> bool:
+    """Add a value to the captured ones of a type; False if that type is not captured."""
+    for variable in captured:
+        if type(variable) is cls:
+            before = variable[name] if name in variable else init_fn()
+            variable[name] = reduce_fn(before, value)
+            return True
+    return False
 
 
 def _variable_type(variable_type: type[Variable[Any]] | str) -> type[Variable[Any]]:

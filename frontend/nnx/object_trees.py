@@ -1,4 +1,4 @@
-"""Where objects (nodes, variables, states) stand in a tree, and trees with something else in their place."""
+"""Where objects (nodes, variables, mutable arrays, states) stand in a tree, and trees with something else there."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from distaff.frontend.nnx.state import State
 
 
 def is_object(x: Any) -> bool:
-    """Whether transforms take ``x`` apart: nodes, variables and states."""
-    return kind_of(x) <= Kind.NODE or isinstance(x, State)
+    """Whether transforms take ``x`` apart: nodes, variables, mutable arrays and states."""
+    return kind_of(x) <= Kind.REF or isinstance(x, State)
 
 
 class Layout(NamedTuple):
@@ -43,7 +43,7 @@ class Taken(NamedTuple):
 def take_tree(tree: Any) -> Taken:
     """Find the objects in a tree."""
     kind = kind_of(tree)
-    if kind <= Kind.NODE or isinstance(tree, State):
+    if kind <= Kind.REF or isinstance(tree, State):
         return Taken(None, WHOLE, [tree])
     if kind is not Kind.CONTAINER:
         return Taken(tree, None, [])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from distaff.frontend.nnx.filters import Filter, PathParts, ordered_predicates
+from distaff.frontend.nnx.filters import Filter, PathParts, filters_to_predicates
 from distaff.frontend.nnx.graphdef import NodeDef, NodeRef, Spec, VariableDef
 from distaff.frontend.nnx.object_trees import WHOLE, Taken, is_object
 from distaff.frontend.nnx.origin import describe_origin
+from distaff.frontend.nnx.state import State, create_path_filters
 from distaff.frontend.nnx.structure import Structure, paths_of
 from distaff.frontend.nnx.variables import Variable
 
@@ -19,13 +20,17 @@ class PrefixMapping:
     """What a transform's specification gives for an object: a value for each filter, such as an axis or a sharding.
 
     Args:
-        mapping: filters and values; each variable has the value of the first filter that matches it.
+        mapping: filters and values; each variable has the value of the first filter that matches it. Or a ``State`` of
+            values.
     """
 
-    def __init__(self, mapping: Mapping[Filter, Any] | Iterable[tuple[Filter, Any]], /) -> None:
+    def __init__(self, mapping: State | Mapping[Filter, Any] | Iterable[tuple[Filter, Any]], /) -> None:
+        if isinstance(mapping, State):
+            mapping = create_path_filters(mapping)
         items = list(mapping.items() if isinstance(mapping, Mapping) else mapping)
         self.filters: tuple[Filter, ...] = tuple(filter for filter, _ in items)
         self.values: tuple[Any, ...] = tuple(value for _, value in items)
+        self._predicates = filters_to_predicates(self.filters)
 
     def map_prefix(self, path: PathParts, variable: Any) -> Any:
         """The value for a variable.
@@ -36,10 +41,10 @@ class PrefixMapping:
         return self.values[self._first_match(path, variable)]
 
     def _first_match(self, path: PathParts, variable: Any) -> int:
-        for i, matches in enumerate(ordered_predicates(self.filters)):
+        for i, matches in enumerate(self._predicates):
             if matches(path, variable):
                 return i
-        raise ValueError(f"No filter of {self} matches {path}: {variable}. Use `...` to match all that remain.")
+        raise ValueError(f"No filter matched {path}: {variable} in {self}. Use `...` to match all that remain.")
 
     def groups(self, spec: Spec, cells: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
         """For each filter, which of the leaves of a definition it takes."""
@@ -74,17 +79,38 @@ def object_prefixes(taken: Sequence[Taken], prefixes: Sequence[Any]) -> list[Any
             found.append(prefix)
             continue
         whole = tree.layout.treedef.unflatten(range(tree.layout.treedef.num_leaves))
-        spread = jax.tree.leaves(
-            jax.tree.map(lambda p, below: jax.tree.map(lambda _: _Box(p), below), prefix, whole, is_leaf=_ends_prefix),
-            is_leaf=lambda x: isinstance(x, _Box),
-        )
-        found += (spread[i].value for i in tree.layout.positions)
+        spread = broadcast_prefix(prefix, whole, _ends_prefix)
+        found += (spread[i] for i in tree.layout.positions)
     return found
 
 
-class _Box:
-    def __init__(self, value: Any) -> None:
-        self.value = value
+def broadcast_prefix(
+    prefix_tree: Any,
+    full_tree: Any,
+    prefix_is_leaf: Callable[[Any], bool] | None = None,
+    tree_is_leaf: Callable[[Any], bool] | None = None,
+) -> list[Any]:
+    """For each leaf of a tree, that of a prefix of it.
+
+    Args:
+        prefix_tree: the prefix; objects in it are leaves.
+        full_tree: the tree.
+        prefix_is_leaf: what else is a leaf of the prefix.
+        tree_is_leaf: what else is a leaf of the tree.
+
+    Raises:
+        ValueError: the one is no prefix of the other.
+    """
+    found: list[Any] = []
+
+    def add(value: Any, below: Any) -> None:
+        found.extend([value] * len(jax.tree.leaves(below, is_leaf=tree_is_leaf)))
+
+    def is_leaf(x: Any) -> bool:
+        return is_object(x) or (prefix_is_leaf is not None and prefix_is_leaf(x))
+
+    jax.tree.map(add, prefix_tree, full_tree, is_leaf=is_leaf)
+    return found
 
 
 def _ends_prefix(x: Any) -> bool:
@@ -95,7 +121,7 @@ def check_aliases(structure: Structure, prefixes: Sequence[Any]) -> None:
     """Raise ValueError if a variable stands at several places for which the prefixes say different things."""
     cells = iter(structure.cells)
     defined: dict[int, Spec] = {}
-    first: dict[int, tuple[PathParts, Any]] = {}
+    first: dict[int, tuple[PathParts, Any, Any]] = {}
 
     def prefix_at(prefix: Any, path: PathParts, variable: Any) -> Any:
         return prefix.map_prefix(path, variable) if isinstance(prefix, PrefixMapping) else prefix
@@ -108,14 +134,10 @@ def check_aliases(structure: Structure, prefixes: Sequence[Any]) -> None:
         if isinstance(spec, NodeRef):
             spec = defined[spec.number]
         if isinstance(spec, VariableDef):
-            where, (before, variable) = first[spec.number][0], first[spec.number][1]
+            where, before, variable = first[spec.number]
             now = prefix_at(prefix, path, variable)
             if now != before:
-                raise ValueError(
-                    f"Inconsistent aliasing detected: the {spec.type.__name__} at {_dotted(where)}, made"
-                    f"{describe_origin(variable._origin)}, stands at {_dotted(path)} as well, with the specification "
-                    f"{before!r} there and {now!r} here. Give both the same, or pass the variable once."
-                )
+                raise ValueError(_alias_message(variable, (where, before), (path, now)))
         elif isinstance(spec, NodeDef) and spec.number not in seen:
             inside = seen if spec.number is None else seen | {spec.number}
             for key, child in spec.attributes:
@@ -127,7 +149,7 @@ def check_aliases(structure: Structure, prefixes: Sequence[Any]) -> None:
         elif isinstance(spec, VariableDef):
             variable = next(cells)
             defined[spec.number] = spec
-            first[spec.number] = path, (prefix_at(prefix, path, variable), variable)
+            first[spec.number] = path, prefix_at(prefix, path, variable), variable
         elif isinstance(spec, NodeDef):
             if spec.number is not None:
                 defined[spec.number] = spec
@@ -138,6 +160,17 @@ def check_aliases(structure: Structure, prefixes: Sequence[Any]) -> None:
 
     for spec, prefix in zip(structure.specs, prefixes, strict=True):
         visit(spec, (), prefix)
+
+
+def _alias_message(variable: Any, *places: tuple[PathParts, Any]) -> str:
+    is_variable = isinstance(variable, Variable)
+    kind = type(variable if is_variable else variable._raw_value).__name__
+    made = f" (made{describe_origin(variable._origin)})" if is_variable and variable._origin else ""
+    lines = "".join(f"\n  {_dotted(path)}: {prefix}" for path, prefix in places)
+    return (
+        f"Inconsistent aliasing detected. The following nodes have different prefixes: one {kind}{made} stands at the "
+        f"places below; give both the same prefix, or pass it once.{lines}"
+    )
 
 
 def _dotted(path: PathParts) -> str:

@@ -135,6 +135,7 @@ class Pytree(metaclass=PytreeMeta):
     __slots__ = ("__dict__", "__weakref__", "_pytree__structures", "_pytree__trace")
     _pytree__is_pytree: ClassVar[bool] = True
     _pytree__nodes: Mapping[str, bool] = MappingProxyType({})
+    _pytree__rank: Any = None  # a method: which attributes come first in the graph, those of lower numbers
 
     _pytree__trace: Any
     _pytree__structures: Any
@@ -186,29 +187,34 @@ class Pytree(metaclass=PytreeMeta):
             attributes[STATUSES] = {**known, name: is_data}
         attributes[name] = value
 
-    def _check_static(self, name: str, value: Any) -> None:
+    def _check_static(self, name: str, value: Any, found_data: str = "Found data") -> None:
         kind = kind_of(value)
-        if kind <= Kind.DATA:
+        if kind <= Kind.DATA and name not in self._pytree__nodes:
             raise ValueError(
                 f"Cannot assign data value of type {type(value)} to static attribute {name!r} of Pytree type "
                 f"{type(self)}. To make the attribute data, assign it as `self.{name} = nnx.data(...)`."
             )
-        if kind is Kind.CONTAINER:
-            found = has_data(value)
-            if found:
-                kinds = ", ".join(sorted({type(x).__name__ for x in found}))
-                raise ValueError(
-                    f"Found data on value of type {type(value)} assigned to static attribute {name!r} of Pytree type "
-                    f"{type(self)}: it holds {kinds}. If the attribute is meant to be data, assign "
-                    f"`self.{name} = nnx.data(...)`, use nnx.List or nnx.Dict, or declare `{name}: nnx.Data[...]` in "
-                    f"the class; or make the class no pytree: `class {type(self).__name__}(..., pytree=False)`."
-                )
+        found = has_data(value)
+        if found:
+            if kind is not Kind.CONTAINER:
+                found_data = "Found unexpected data"
+            kinds = ", ".join(sorted({type(x).__name__ for x in found}))
+            raise ValueError(
+                f"{found_data} on value of type {type(value)} in static attribute {name!r} of Pytree type "
+                f"{type(self)}: it holds {kinds}. If the attribute is meant to be data, assign `self.{name} = "
+                f"nnx.data(...)`, use nnx.List or nnx.Dict, or declare `{name}: nnx.Data[...]` in the class; or make "
+                f"the class no pytree: `class {type(self).__name__}(..., pytree=False)`."
+            )
 
     def __delattr__(self, name: str) -> None:
         self._check_valid_context()
         object.__delattr__(self, name)
         if name in self.__dict__.get(STATUSES, ()):
             self.__dict__[STATUSES] = {key: value for key, value in self._pytree__nodes.items() if key != name}
+
+    @property
+    def _can_update(self) -> bool:
+        return self._pytree__trace is running_trace()
 
     def _check_valid_context(self) -> None:
         if self._pytree__trace is not running_trace():
@@ -263,7 +269,16 @@ def check_pytree(pytree: Any) -> None:
     statuses = pytree._pytree__nodes
     for name, value in pytree.__dict__.items():
         if (name not in statuses and type(value) in (list, dict)) or statuses.get(name) is False:
-            pytree._check_static(name, value)
+            pytree._check_static(name, value, "Found unexpected data")
+
+
+def mark_data(node: Pytree, names: Iterable[str], static: Iterable[str] = ()) -> None:
+    """Have attributes be data whatever they look like, as far as the class does not say so; and others static."""
+    known = node._pytree__nodes
+    marked = {name: True for name in names if not (known.get(name) or is_data_value(node.__dict__[name]))}
+    marked.update(dict.fromkeys(static, False))
+    if marked:
+        node.__dict__[STATUSES] = {**known, **marked}
 
 
 def external_key(name: str) -> str | int:
@@ -274,6 +289,9 @@ def external_key(name: str) -> str | int:
 def sorted_attributes(node: Pytree) -> list[tuple[Any, str]]:
     """The attributes as (key in paths, name), ints first; without what only the object itself needs."""
     names = sorted(node.__dict__)
+    rank = node._pytree__rank
+    if rank is not None:
+        names.sort(key=rank)
     if names and names[0][:1].isdigit():
         return sorted(
             ((external_key(name), name) for name in names if name != STATUSES),
@@ -289,6 +307,10 @@ def is_data_attribute(node: Pytree, name: str, value: Any) -> bool:
 
 
 def _split_attributes(node: Pytree) -> tuple[list[str], list[Any], tuple[Any, ...]]:
+    """The names and values of data, and what is static: those names, the constants, and which of these look like data.
+
+    Which data does not look like data is seen again when the object is made anew.
+    """
     names: list[str] = []
     children: list[Any] = []
     constants: list[tuple[str, Any]] = []
@@ -299,8 +321,9 @@ def _split_attributes(node: Pytree) -> tuple[list[str], list[Any], tuple[Any, ..
             children.append(value)
         else:
             constants.append((name, value))
-    own = node.__dict__.get(STATUSES)
-    return names, children, (tuple(names), tuple(constants), tuple(own.items()) if own else ())
+    own = node.__dict__.get(STATUSES, {})
+    static = tuple(name for name, _ in constants if own.get(name) is False)
+    return names, children, (tuple(names), tuple(constants), static)
 
 
 def _register(cls: type[Pytree]) -> None:
@@ -317,9 +340,10 @@ def _register(cls: type[Pytree]) -> None:
         return list(zip(paths, children, strict=True)), constants
 
     def unflatten(constants: Any, children: Iterable[Any]) -> Pytree:
-        names, values, statuses = constants
-        own = {STATUSES: dict(statuses)} if statuses else {}
-        made: Pytree = empty_node(cls, {**own, **dict(values), **dict(zip(names, children, strict=True))})
+        names, values, static = constants
+        data = dict(zip(names, children, strict=True))
+        made: Pytree = empty_node(cls, {**dict(values), **data})
+        mark_data(made, names, static)
         return made
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)

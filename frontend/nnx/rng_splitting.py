@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -196,13 +196,14 @@ def with_rngs(
         node: what holds the streams. Left out, the result decorates a function, which then gets copies of its
             arguments.
         split: which streams to divide into arrays of keys: a number or shape for all, or a mapping of filters to those.
-        fork: which of the others get a new key.
+        fork: which get a new key.
         broadcast: as ``split``, for arrays of one key.
         only: leave all streams but these.
         graph, graph_updates: one of them must be False, as nothing changes in place.
 
     Raises:
         NotImplementedError: in graph mode with updates.
+        ValueError: two of ``split``, ``broadcast`` and ``fork`` match a stream, and both by more than ``...``.
     """
     if _in_place(graph, graph_updates):
         raise NotImplementedError(
@@ -210,23 +211,37 @@ def with_rngs(
             "graph=False), or change the streams in place with split_rngs or fork_rngs."
         )
     matches = filters.to_predicate(only)
-    split_shape, broadcast_shape = shape_by_filter(split), shape_by_filter(broadcast)
-    forks = filters.to_predicate(False if fork is None else _as_filter(fork))
+    rules = _with_rngs_rules(split, broadcast, fork)
 
     def rule(path: Path, stream: RngStream) -> RngStream | None:
         if not matches(path, stream):
             return None
-        if (shape := split_shape(path, stream)[1]) is not None:
-            return stream.split(shape)
-        if (shape := broadcast_shape(path, stream)[1]) is not None:
-            return stream.broadcast(shape)
-        return stream.fork() if forks(path, stream) else None
+        first = {}  # of each kind, the first rule that matches
+        for kind, filter, change in rules:
+            if kind not in first and filters.to_predicate(filter)(path, stream):
+                first[kind] = filter, change
+        specific = [kind for kind, (filter, _) in first.items() if filter is not Ellipsis and filter is not True]
+        if len(specific) > 1:
+            raise ValueError(f"The stream at path {path} matches multiple rules of with_rngs: {', '.join(specific)}.")
+        for kind in (*specific, *first):  # those for all are for what no other matches
+            return first[kind][1](stream)
+        return None
 
     return _apply(node, rule, graph, graph_updates)
 
 
-def _as_filter(given: Filter | Sequence[Filter]) -> Filter:
-    return tuple(given) if isinstance(given, list) else given
+def _with_rngs_rules(
+    split: Shapes | None, broadcast: Shapes | None, fork: Filter | Sequence[Filter] | None
+) -> list[tuple[str, Filter, Callable[[RngStream], RngStream]]]:
+    """Kinds of rules, what they are for, and what they do."""
+    rules: list[tuple[str, Filter, Callable[[RngStream], RngStream]]] = []
+    for kind, shapes, method in (("split", split, RngStream.split), ("broadcast", broadcast, RngStream.broadcast)):
+        by_filter = shapes if isinstance(shapes, Mapping) else {} if shapes is None else {...: shapes}
+        for filter, shape in by_filter.items():
+            if shape is not None:
+                rules.append((kind, filter, functools.partial(method, k=shape)))
+    forks = () if fork is None else fork if isinstance(fork, Sequence) and not isinstance(fork, str) else (fork,)
+    return rules + [("fork", filter, RngStream.fork) for filter in forks]
 
 
 def _reseed_scalar(path: Path, key: jax.Array, shape: Shape) -> jax.Array:

@@ -178,6 +178,7 @@ class RngStream(_Draws, Pytree):
         Raises:
             ValueError: the stream holds an array of keys; map over it with ``vmap`` or ``scan`` first.
         """
+        self.count._check_can_update()  # before anything is computed of what another trace has left
         drawn = jax.random.fold_in(self._one_key(), self.count[...])
         self.count[...] += 1
         return drawn

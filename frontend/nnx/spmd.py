@@ -9,11 +9,12 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from distaff.frontend.core import meta, spmd
-from distaff.frontend.core.meta import AxisName, LogicalNames
+from distaff.frontend.core.meta import LogicalNames
 from distaff.frontend.core.spmd import logical_axis_rules as logical_axis_rules
-from distaff.frontend.nnx.graph import map as map_object
-from distaff.frontend.nnx.graph import split
-from distaff.frontend.nnx.variables import PARTITION_NAME, Variable, with_metadata
+from distaff.frontend.nnx.graph_functions import map as map_object
+from distaff.frontend.nnx.graph_functions import split
+from distaff.frontend.nnx.variable_metadata import PARTITION_NAME, with_metadata
+from distaff.frontend.nnx.variables import Variable
 
 
 def with_partitioning(
@@ -74,19 +75,27 @@ def as_abstract(tree: Any, graph: bool | None = None) -> Any:
         ValueError: a variable has names, but neither it nor ``jax.set_mesh`` has a mesh.
     """
 
+    return _with_shardings(tree, None, graph)
+
+
+def _with_shardings(tree: Any, mesh: Mesh | None, graph: bool | None) -> Any:
+    """As ``as_abstract``, all on ``mesh`` if it is given."""
+
     def annotated(path: Any, x: Any) -> Any:
         value = x.get_raw_value() if _is_variable(x) else x
         if not _is_variable(x) or not isinstance(value, jax.ShapeDtypeStruct) or not x.sharding_names:
             return x
-        if isinstance(value.sharding, NamedSharding) and value.sharding.spec != PartitionSpec():
+        spec = value.sharding.spec if isinstance(value.sharding, NamedSharding) else PartitionSpec()
+        if spec != PartitionSpec() and mesh is None:
             return x
-        mesh = x.get_metadata("mesh", None) or meta.get_global_mesh()
-        if mesh is None:
+        used = mesh or x.get_metadata("mesh", None) or meta.get_global_mesh()
+        if used is None:
             raise ValueError(
                 f"The variable {'.'.join(map(str, path))} has axis names, but there is no mesh: jax.set_mesh."
             )
-        sharding = NamedSharding(mesh, get_var_pspec(x) or PartitionSpec())
-        return x.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding))
+        if spec == PartitionSpec():
+            spec = get_var_pspec(x) or spec
+        return x.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(used, spec)))
 
     return map_object(annotated, tree, graph=graph)
 
@@ -99,41 +108,44 @@ def get_abstract_model(init_fn: Callable[[], Any], mesh: Mesh, *, graph: bool | 
     from distaff.frontend.nnx.transforms.abstract import eval_shape
 
     with jax.set_mesh(mesh):
-        return split(as_abstract(eval_shape(init_fn, graph=graph), graph=graph), graph=graph)
+        return split(_with_shardings(eval_shape(init_fn, graph=graph), mesh, graph), graph=graph)
 
 
 # What transforms that map over an axis of a variable do to its names.
 
 
-def _set_names(variable: Variable[Any], names: LogicalNames) -> None:
-    variable.set_metadata(out_sharding=names)
+def _entries_of_axes(variable: Variable[Any], params: Mapping[str, Any]) -> list[tuple[str, tuple[Any, ...], Any]]:
+    """The metadata with an entry for each axis: its name, the entries, and that of the mapped axis.
+
+    These are the axes' names, and what else ``params`` has entries for.
+    """
+    fields = {"out_sharding": params[PARTITION_NAME]} | {k: v for k, v in params.items() if k != PARTITION_NAME}
+    held = [(field, variable.get_metadata(field, None), entry) for field, entry in fields.items()]
+    return [(field, tuple(entries), entry) for field, entries, entry in held if entries and isinstance(entries, tuple)]
 
 
 def remove_axis(variable: Variable[Any], index: int, params: Mapping[str, Any]) -> None:
     """Drop the axis ``index`` of the value outside, named ``params[PARTITION_NAME]``, and run the variable's hooks.
+
+    Other metadata that is a tuple with an entry for each axis loses what ``params`` has under its name.
 
     Raises:
         ValueError: the axis has another name.
     """
     if PARTITION_NAME not in params:
         return
-    name: AxisName = params[PARTITION_NAME]
-    names = variable.sharding_names
     at = index + variable.get_raw_value().ndim + 1 if index < 0 else index  # the value has lost its axis already
-    if names:
-        _set_names(
-            variable, meta.drop_axis_name(names, at, name, f"a {type(variable).__name__} with the names {names}")
-        )
-    variable.remove_axis(at, name)  # type: ignore[arg-type]
+    for field, entries, entry in _entries_of_axes(variable, params):
+        what = f"a {type(variable).__name__} with {field}={entries}"
+        variable.set_metadata(field, meta.drop_axis_name(entries, at, entry, what))
+    variable.remove_axis(at, params[PARTITION_NAME])
 
 
 def add_axis(variable: Variable[Any], index: int, params: Mapping[str, Any]) -> None:
     """The inverse of ``remove_axis``: name the axis that is to be inserted at ``index``."""
     if PARTITION_NAME not in params:
         return
-    name: AxisName = params[PARTITION_NAME]
-    names = variable.sharding_names
     at = index + variable.get_raw_value().ndim + 1 if index < 0 else index  # the value has no such axis yet
-    if names:
-        _set_names(variable, meta.insert_axis_name(names, at, name))
-    variable.add_axis(at, name)  # type: ignore[arg-type]
+    for field, entries, entry in _entries_of_axes(variable, params):
+        variable.set_metadata(field, meta.insert_axis_name(entries, at, entry))
+    variable.add_axis(at, params[PARTITION_NAME])

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import jax
 
-from distaff.frontend.nnx.filters import Filter, Key, PathParts, Predicate, ordered_predicates
+from distaff.frontend.nnx.filters import Filter, Key, PathIn, PathParts, Predicate, filters_to_predicates
 from distaff.frontend.nnx.variables import Variable
 
 K = TypeVar("K")
@@ -112,9 +112,8 @@ class State(MutableMapping[Any, Any]):
         return self.merge(self, other)
 
     def __sub__(self, other: Mapping[Any, Any]) -> State:
-        """The entries whose paths ``other`` lacks."""
-        taken = {path for path, _ in iter_flat(other)}
-        return type(self)(nest((path, value) for path, value in iter_flat(self) if path not in taken), _copy=False)
+        """As ``statelib.diff``."""
+        return diff(self, other)
 
     # The module's functions as methods.
 
@@ -223,8 +222,10 @@ class FlatState(Sequence[Any], Generic[V]):
 
         return represent(self)
 
-    def to_nested_state(self) -> State:
-        """As a ``State``."""
+    def to_nested_state(self) -> Any:
+        """As a ``State``; the value itself if it is one alone, without a path."""
+        if self._keys == ((),):
+            return self._values[0]
         return State(nest(self), _copy=False)
 
     def split(self, first: Filter, /, *filters: Filter) -> Any:
@@ -238,7 +239,7 @@ class FlatState(Sequence[Any], Generic[V]):
 
     def filter(self, first: Filter, /, *filters: Filter) -> Any:
         """As ``split``, without the values that match no filter."""
-        groups = _grouped(self, ordered_predicates((first, *filters)))[:-1]
+        groups = _grouped(self, filters_to_predicates((first, *filters)))[:-1]
         return groups[0] if not filters else tuple(groups)
 
     @staticmethod
@@ -256,7 +257,7 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
-def _grouped(pairs: Iterable[tuple[PathParts, Any]], predicates: list[Predicate]) -> list[FlatState[Any]]:
+def _grouped(pairs: Iterable[tuple[PathParts, Any]], predicates: Sequence[Predicate]) -> list[FlatState[Any]]:
     """The pairs by the first predicate that matches; those that none matches are the last group."""
     groups: list[list[tuple[PathParts, Any]]] = [[] for _ in range(len(predicates) + 1)]
     for path, value in pairs:
@@ -275,7 +276,7 @@ def split_flat(pairs: Iterable[tuple[PathParts, Any]], filters: tuple[Filter, ..
     Raises:
         ValueError: some match no filter.
     """
-    *groups, rest = _grouped(pairs, ordered_predicates(filters))
+    *groups, rest = _grouped(pairs, filters_to_predicates(filters))
     if len(rest):
         raise ValueError(
             f"Non-exhaustive filters, got a non-empty remainder: {rest}.\nUse `...` to match all remaining elements."
@@ -285,7 +286,7 @@ def split_flat(pairs: Iterable[tuple[PathParts, Any]], filters: tuple[Filter, ..
 
 def filter_flat(pairs: Iterable[tuple[PathParts, Any]], filters: tuple[Filter, ...]) -> list[FlatState[Any]]:
     """As ``split_flat``, without what matches no filter."""
-    return _grouped(pairs, ordered_predicates(filters))[:-1]
+    return _grouped(pairs, filters_to_predicates(filters))[:-1]
 
 
 def map_state(f: Callable[[PathParts, Any], Any], state: State) -> State:
@@ -367,6 +368,20 @@ def filter_state(state: Mapping[Any, Any], first: Filter, /, *filters: Filter) -
     """As ``split_state``, without the values that match no filter."""
     groups = tuple(group.to_nested_state() for group in filter_flat(iter_flat(state), (first, *filters)))
     return groups if filters else groups[0]
+
+
+def diff(state: State, other: Mapping[Any, Any]) -> State:
+    """What a state has at paths that ``other`` lacks."""
+    taken = {path for path, _ in iter_flat(other)}
+    return type(state)(nest((path, value) for path, value in iter_flat(state) if path not in taken), _copy=False)
+
+
+def create_path_filters(state: State) -> dict[PathIn, Any]:
+    """Filters by path, one for each of the values in a state, such as axes; the values must be hashable."""
+    paths: dict[Any, list[PathParts]] = {}
+    for path, value in iter_flat(state):
+        paths.setdefault(value.get_value() if isinstance(value, Variable) else value, []).append(path)
+    return {PathIn(*found): value for value, found in paths.items()}
 
 
 def merge_nested(states: Iterable[Any]) -> Nested:

@@ -97,18 +97,59 @@ def container_items(container: Any) -> tuple[list[tuple[Any, Any]], Any]:
     return [(key_of(path[0]), child) for path, child in pairs], treedef
 
 
+def paths_to(x: Any, roots: Sequence[Any]) -> list[PathParts]:
+    """The paths of the places where an object stands; with the number of the root first if there are several."""
+    found: list[PathParts] = []
+
+    def visit(y: Any, path: PathParts, above: tuple[int, ...]) -> None:
+        if y is x:
+            found.append(path)
+        if id(y) in above:
+            return
+        kind, inside = kind_of(y), (*above, id(y))
+        if kind is Kind.NODE:
+            for key, name in sorted_attributes(y):
+                visit(y.__dict__[name], (*path, key), inside)
+        elif kind is Kind.CONTAINER:
+            for key, child in container_items(y)[0]:
+                visit(child, (*path, key), inside)
+
+    for i, root in enumerate(roots):
+        visit(root, (i,) if len(roots) > 1 else (), ())
+    return found
+
+
+def duplicate_message(x: Any, paths: Sequence[PathParts]) -> str:
+    """What is wrong with an object that stands at several places, in tree mode."""
+    return (
+        f"Duplicate {type(x).__name__} found at paths: {', '.join(map(str, paths))}. Tree mode (graph=False) does not "
+        "support shared references: a variable may stand at one place only, and no node inside itself. Remove the "
+        "duplicate, make a copy with nnx.clone(), or use graph mode: graph=True, or nnx.set_graph_mode(True)."
+    )
+
+
+def opaque_message(x: Any, paths: Sequence[PathParts]) -> str:
+    """What is wrong with an object that is no pytree, in tree mode."""
+    return (
+        f"{type(x).__name__} was defined with pytree=False, so that tree mode (graph=False) cannot look into it. Found "
+        f"at path {paths[0] if paths else ()}. Leave pytree=False out of the class, or use graph mode: graph=True."
+    )
+
+
 class Walk:
     """One pass over some roots, which share one numbering of nodes and variables.
 
     Args:
         graph: follow shared references and cycles; otherwise all must be a tree, and what stands in containers is data.
+        known: objects that have the first numbers already, as if they had been visited.
     """
 
-    def __init__(self, graph: bool = True) -> None:
+    def __init__(self, graph: bool = True, known: Iterable[Any] = ()) -> None:
         self._graph = graph
-        self._index: dict[int, int] = {}
+        self.objects: list[Any] = list(known)
+        self._index: dict[int, int] = {id(x): i for i, x in enumerate(self.objects)}
         self._open: set[int] = set()  # nodes that the walk is inside of
-        self.objects: list[Any] = []
+        self._roots: list[Any] = []
         self.specs: list[Spec] = []
         self.cells: list[Cell] = []
         self.dicts: list[dict[str, Any]] = []
@@ -119,6 +160,7 @@ class Walk:
         """Visit roots; gives of each which of the ``cells`` are its own."""
         ends = [len(self.cells)]
         for root in roots:
+            self._roots.append(root)
             self.specs.append(self.visit(root, as_data=True))
             ends.append(len(self.cells))
         return list(pairwise(ends))
@@ -132,10 +174,25 @@ class Walk:
             return self._node(x)
         if kind is Kind.CONTAINER:
             return self._container(x)
+        if kind is Kind.REF:
+            return self._ref(x, ItemCell(x))
         if kind is Kind.DATA or as_data:
             self.cells.append(ItemCell(x))
             return LEAF
         return self._constant(x)
+
+    def _ref(self, x: Any, cell: Cell) -> VariableDef | NodeRef:
+        """A mutable array: its definition is that of a variable without metadata."""
+        known = self._index.get(id(x))
+        if known is not None:
+            return self._again(x, known)
+        self.cells.append(cell)
+        return VariableDef(jax.Ref, self._number(x), NO_METADATA)
+
+    def _again(self, x: Any, known: int) -> NodeRef:
+        if not self._graph:
+            raise ValueError(duplicate_message(x, paths_to(x, self._roots)))
+        return NodeRef(type(x), known)
 
     def _constant(self, x: Any) -> Constant:
         constant = Constant(x)
@@ -151,9 +208,7 @@ class Walk:
     def _variable(self, x: Variable[Any]) -> VariableDef | NodeRef:
         known = self._index.get(id(x))
         if known is not None:
-            if not self._graph:
-                raise ValueError(self._alias_message(x))
-            return NodeRef(type(x), known)
+            return self._again(x, known)
         self.cells.append(x)
         metadata = x._var_metadata
         return VariableDef(type(x), self._number(x), Constant(metadata) if metadata else NO_METADATA)
@@ -161,15 +216,15 @@ class Walk:
     def _node(self, node: Pytree) -> NodeDef | NodeRef:
         known = self._index.get(id(node))
         if known is not None and (self._graph or id(node) in self._open):
-            if not self._graph:
-                raise ValueError(self._alias_message(node))
-            return NodeRef(type(node), known)
+            return self._again(node, known)
         index = self._number(node)
         attributes = node.__dict__
         self.dicts.append(attributes)
         statuses = node._pytree__nodes
         opaque = not node._pytree__is_pytree
         if not self._graph:
+            if opaque:
+                raise ValueError(opaque_message(node, paths_to(node, self._roots)))
             self._open.add(id(node))
         specs: list[tuple[Any, Spec]] = []
         for key, name in sorted_attributes(node):
@@ -183,6 +238,8 @@ class Walk:
                 spec = self._node(value)
             elif kind is Kind.CONTAINER and (status or opaque):
                 spec = self._container(value)
+            elif kind is Kind.REF:
+                spec = self._ref(value, AttributeCell(attributes, name))
             elif (kind is Kind.DATA or status) and status is not False and value is not None:
                 self.cells.append(AttributeCell(attributes, name))
                 spec = LEAF
@@ -210,17 +267,12 @@ class Walk:
 
     def _item(self, mapping: dict[Any, Any] | None, key: Any, child: Any) -> Spec:
         kind = kind_of(child)
+        if mapping is not None and kind is Kind.REF:
+            return self._ref(child, AttributeCell(mapping, key))
         if mapping is None or not (kind is Kind.DATA or (kind is Kind.STATIC and not self._graph)):
             return self.visit(child, as_data=not self._graph)
         self.cells.append(AttributeCell(mapping, key))
         return LEAF
-
-    def _alias_message(self, x: Any) -> str:
-        return (
-            f"Duplicate {type(x).__name__} found: in tree mode (graph=False) a variable may stand at one place only, "
-            "and no node inside itself. Remove the duplicate, make a copy with nnx.clone(), or use graph mode: "
-            "graph=True, or nnx.set_graph_mode(True)."
-        )
 
 
 class Structure:
@@ -247,7 +299,7 @@ class Structure:
         self._lengths = list(map(len, walk.dicts))
         self._keys = list(chain.from_iterable(walk.dicts))
         # Arrays are compared by kind and not kept: others may stand in their places at the next call.
-        cells = [cell for cell in walk.cells if isinstance(cell, AttributeCell)]
+        cells = [c for c in walk.cells if isinstance(c, AttributeCell) and kind_of(c._raw_value) is not Kind.REF]
         leaves = {(id(cell.attributes), cell.name) for cell in cells}
         self._arrays = [(cell, kind_of(cell._raw_value)) for cell in cells]
         self._compared = [(id(d), key) not in leaves for d in walk.dicts for key in d]

@@ -8,45 +8,28 @@ outer ones afterwards.
 from __future__ import annotations
 
 import collections
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import copy as copying
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import jax
 import numpy as np
 
 from distaff.frontend import errors
-from distaff.frontend.core import meta, spmd
-from distaff.frontend.jax_compat import running_trace
+from distaff.frontend.core import spmd
+from distaff.frontend.jax_compat import Box, running_trace
 from distaff.frontend.nnx import config
 from distaff.frontend.nnx.origin import Origin, describe_origin, find_origin
+from distaff.frontend.nnx.stored_values import changes_in_place, has_parts, stored, with_part
+from distaff.frontend.nnx.variable_metadata import HOOKS, VariableMetadata, as_tuple, with_current_names
 from distaff.frontend.nnx.variable_operators import add_operators
 
 A = TypeVar("A")
 _MISSING: Any = object()
 # Metadata is never changed in place: another dict is another version, which cached structures look at.
 _NO_METADATA: dict[str, Any] = {}
-_HOOKS = ("on_get_value", "on_set_value", "on_create_value", "on_add_axis", "on_remove_axis")
 # Metadata that every variable has; stored only where it differs from what is here.
 _DEFAULTS = {"hijax": False, "ref": False, "eager_sharding": True}
-
-
-@dataclasses.dataclass
-class VariableMetadata(Generic[A]):
-    """A value with the metadata and hooks that the variable made of it gets; what ``with_metadata`` returns."""
-
-    raw_value: A
-    on_set_value: tuple[Callable[..., Any], ...] = ()
-    on_get_value: tuple[Callable[..., Any], ...] = ()
-    on_create_value: tuple[Callable[..., Any], ...] = ()
-    on_add_axis: tuple[Callable[..., Any], ...] = ()
-    on_remove_axis: tuple[Callable[..., Any], ...] = ()
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def as_metadata(self) -> dict[str, Any]:
-        """Metadata and hooks in one dict, as a variable keeps them."""
-        hooks = {name: getattr(self, name) for name in _HOOKS}
-        return {**self.metadata, **{name: hook for name, hook in hooks.items() if hook}}
 
 
 class Variable(Generic[A]):
@@ -60,13 +43,14 @@ class Variable(Generic[A]):
 
     Args:
         value: the value, or the ``VariableMetadata`` that a wrapped initialiser returned.
-        ref: keep the value in a mutable array (``jax.Ref``).
+        hijax: keep the value where JAX's own transforms may change it too: a function under ``jax.jit`` that gets the
+            variable, or refers to it, assigns it as if it were not transformed. Not differentiable.
+        ref: keep the value in a mutable array (``jax.Ref``), for which the same holds; its shape and dtype are fixed.
         eager_sharding: lay the value out by ``out_sharding`` now (default: ``nnx.use_eager_sharding``).
         metadata: names and values that stay with the variable, such as ``out_sharding``.
 
     Raises:
         ValueError: ``out_sharding`` is given and there is no mesh to lay the value out on.
-        NotImplementedError: ``hijax=True``.
     """
 
     __slots__ = ("__weakref__", "_origin", "_raw_value", "_trace", "_var_metadata")
@@ -81,7 +65,7 @@ class Variable(Generic[A]):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls._class_hooks = frozenset(name for name in _HOOKS if hasattr(cls, name))
+        cls._class_hooks = frozenset(name for name in HOOKS if hasattr(cls, name))
         _register(cls)
 
     def __init__(
@@ -96,22 +80,18 @@ class Variable(Generic[A]):
         if isinstance(value, VariableMetadata):
             metadata = {**metadata, **value.as_metadata()}
             value = value.raw_value
-        if hijax:
-            raise NotImplementedError(
-                "Variables as JAX types of their own (hijax=True) are not supported; leave it out."
-            )
         _set_trace(self, running_trace())
         _set_origin(self, find_origin())
-        eager = config.use_eager_sharding.current_value() if eager_sharding is None else eager_sharding
+        eager = config.current("eager_sharding") if eager_sharding is None else eager_sharding
         if not eager:
             metadata["eager_sharding"] = False
-        _set_metadata(self, _with_current_names(metadata) if metadata else _NO_METADATA)
+        _set_metadata(self, with_current_names(metadata) if metadata else _NO_METADATA)
         raw = self.create_value(value) if metadata or self._class_hooks else value
         if eager and metadata:
             raw = self._laid_out(raw)
-        if config.ref_by_default() if ref is None else ref:
-            raw = raw if isinstance(raw, jax.Ref) else jax.new_ref(raw)
-        _set_raw(self, raw)
+        if config.current("hijax") if hijax is None else hijax:
+            _set_metadata(self, {**self._var_metadata, "hijax": True})
+        _set_raw(self, stored(raw, self.hijax, config.current("ref") if ref is None else ref))
 
     def _laid_out(self, value: Any) -> Any:
         names = self._var_metadata.get("out_sharding")
@@ -130,8 +110,8 @@ class Variable(Generic[A]):
 
     @property
     def hijax(self) -> bool:
-        """Whether the variable is a JAX type of its own: never."""
-        return False
+        """Whether JAX's own transforms may change the value."""
+        return self._var_metadata.get("hijax", False)  # type: ignore[no-any-return]
 
     @property
     def ref(self) -> bool:
@@ -141,7 +121,7 @@ class Variable(Generic[A]):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the value."""
-        return self._raw_value.shape  # type: ignore[no-any-return]
+        return self.get_raw_value().shape  # type: ignore[attr-defined, no-any-return]
 
     @property
     def sharding_names(self) -> Any:
@@ -185,6 +165,7 @@ class Variable(Generic[A]):
         Raises:
             TraceContextError: the variable was made outside the running JAX transform.
             TypeError: other arguments.
+            ValueError: another ``hijax``.
         """
         self._check_can_update()
         if kwargs and not args:
@@ -198,17 +179,21 @@ class Variable(Generic[A]):
                 f"set_metadata takes a dict, or a name and a value, or keywords; got {len(args)} arguments and the "
                 f"keywords {sorted(kwargs)}."
             )
+        if self.hijax != changed.setdefault("hijax", self.hijax):
+            raise ValueError("Whether a variable is hijax stays as it is; make a copy: variable.copy(hijax=...).")
         _set_metadata(self, {k: v for k, v in changed.items() if k not in _DEFAULTS or v != _DEFAULTS[k]})
 
     def del_metadata(self, name: str) -> None:
         """Remove one piece of metadata.
 
         Raises:
-            KeyError: there is none of that name.
+            KeyError: there is none of that name, or every variable has it.
             TraceContextError: the variable was made outside the running JAX transform.
         """
         self._check_can_update()
         changed = dict(self._var_metadata)
+        if name in _DEFAULTS:
+            raise KeyError(f"Every variable has {name!r}.")
         del changed[name]
         _set_metadata(self, changed)
 
@@ -234,10 +219,10 @@ class Variable(Generic[A]):
 
     @property
     def _can_update(self) -> bool:
-        return self._trace is running_trace()
+        return self._trace is running_trace() or changes_in_place(self._raw_value)
 
     def _check_can_update(self) -> None:
-        if self._trace is not running_trace():
+        if not self._can_update:
             raise errors.TraceContextError(
                 f"Cannot mutate {type(self).__name__} from a different trace level: it was made"
                 f"{describe_origin(self._origin)} outside of the JAX transform that runs now. Pass the variable, or "
@@ -247,7 +232,8 @@ class Variable(Generic[A]):
 
     def get_raw_value(self) -> A:
         """What is stored, without hooks; a ``jax.Ref`` if the value lies in one."""
-        return self._raw_value  # type: ignore[no-any-return]
+        raw = self._raw_value
+        return raw.get() if self._var_metadata and isinstance(raw, Box) else raw  # type: ignore[no-any-return]
 
     def set_raw_value(self, value: A, *, _unsafe_bypass_check: bool = False) -> None:
         """Replace what is stored, without hooks.
@@ -257,7 +243,10 @@ class Variable(Generic[A]):
         """
         if not _unsafe_bypass_check:
             self._check_can_update()
-        _set_raw(self, value)
+        if isinstance(self._raw_value, Box):
+            self._raw_value.set(value)
+        else:
+            _set_raw(self, value)
 
     raw_value = property(get_raw_value, set_raw_value)
 
@@ -272,13 +261,15 @@ class Variable(Generic[A]):
     def _hooked(self, name: str, value: Any) -> Any:
         if name in self._class_hooks:
             value = getattr(self, name)(value)
-        for hook in _as_tuple(self._var_metadata.get(name, ())):
+        for hook in as_tuple(self._var_metadata.get(name, ())):
             value = hook(self, value)
         return value
 
     def get_value(self, *, index: Any = _MISSING) -> A:
         """The value after the hooks ``on_get_value``; with ``index``, that part of it."""
         value = self._raw_value
+        if self._var_metadata and isinstance(value, Box):  # there is metadata if there is a box
+            value = value.get()
         if isinstance(value, jax.Ref):
             value = value[... if index is _MISSING else index]
             index = _MISSING
@@ -301,12 +292,12 @@ class Variable(Generic[A]):
         self._check_can_update()
         if self._class_hooks or self._var_metadata:
             value = self._hooked("on_set_value", value)
-        if index is _MISSING:
-            _set_raw(self, value)
-        elif isinstance(raw, jax.Array):
-            _set_raw(self, _with_part(raw, index, value))
+        if index is not _MISSING:
+            value = with_part(self.get_raw_value(), index, value)
+        if self._var_metadata and isinstance(raw, Box):
+            raw.set(value)
         else:
-            raw[index] = value
+            _set_raw(self, value)
 
     value = property(lambda self: self.get_value(), lambda self, value: self.set_value(value))
 
@@ -325,20 +316,27 @@ class Variable(Generic[A]):
         """Take over the value and the metadata of another variable."""
         self._check_can_update()
         if isinstance(self._raw_value, jax.Ref) and not isinstance(variable_state._raw_value, jax.Ref):
-            self._raw_value[...] = variable_state._raw_value
+            self._raw_value[...] = variable_state.get_raw_value()
         else:
-            _set_raw(self, variable_state._raw_value)
+            self.set_raw_value(variable_state.get_raw_value())
         if self._var_metadata != variable_state._var_metadata:
             _set_metadata(self, variable_state._var_metadata)
 
     # Copies.
 
     def copy(self, value: Any = _MISSING, *, _copy_ref: bool = True, **updates: Any) -> Self:
-        """A new variable with the same value and metadata, but for what is given."""
-        raw = self._raw_value if value is _MISSING else value
-        if value is _MISSING and _copy_ref and isinstance(raw, jax.Ref):
+        """A new variable with the same value and metadata, but for what is given; ``hijax`` and ``ref`` too."""
+        raw, hijax = self._raw_value if value is _MISSING else value, self.hijax
+        if updates or isinstance(raw, Box) or (hijax and value is not _MISSING):
+            hijax, ref = updates.pop("hijax", hijax), updates.pop("ref", self.ref)
+            raw = raw.get() if isinstance(raw, Box) else raw
+            raw = stored(raw[...] if isinstance(raw, jax.Ref) else raw, hijax, ref)
+        elif value is _MISSING and _copy_ref and isinstance(raw, jax.Ref):
             raw = jax.new_ref(raw[...])
-        return self.from_metadata(raw, {**self._var_metadata, **updates} if updates else self._var_metadata)
+        if not updates and hijax is self.hijax:
+            return self._of(raw, self._var_metadata)
+        metadata = {**self._var_metadata, **updates, "hijax": hijax}
+        return self._of(raw, {k: v for k, v in metadata.items() if k not in _DEFAULTS or v != _DEFAULTS[k]})
 
     replace = copy
     to_state = copy
@@ -346,6 +344,12 @@ class Variable(Generic[A]):
     @classmethod
     def from_metadata(cls, value: Any, attributes: dict[str, Any]) -> Self:
         """A variable that stores ``value`` as it is, with this metadata; no hook runs."""
+        metadata = {k: v for k, v in attributes.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
+        ref = metadata.pop("ref", isinstance(value, jax.Ref))
+        return cls._of(stored(value, metadata.get("hijax", False), ref), metadata or _NO_METADATA)
+
+    @classmethod
+    def _of(cls, value: Any, attributes: dict[str, Any]) -> Self:
         made = object.__new__(cls)
         _set_raw(made, value)
         _set_metadata(made, attributes)
@@ -375,7 +379,7 @@ class Variable(Generic[A]):
     def _axis_hooks(self, name: str, index: int, axis_name: str | None) -> None:
         if name in self._class_hooks:
             getattr(self, name)(index, axis_name)
-        for hook in _as_tuple(self._var_metadata.get(name, ())):
+        for hook in as_tuple(self._var_metadata.get(name, ())):
             hook(self, index, axis_name)
 
     # As a value.
@@ -390,14 +394,16 @@ class Variable(Generic[A]):
         return self.get_value() if key is Ellipsis else self.get_value(index=key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        if key is Ellipsis and not _has_parts(self._raw_value):
+        if key is Ellipsis and not has_parts(self.get_raw_value()):
             self.set_value(value)
         else:
             self.set_value(value, index=key)
 
     def __delitem__(self, key: Any) -> None:
-        value: Any = self.get_value()
-        del value[key]
+        self._check_can_update()
+        changed: Any = copying.copy(self.get_raw_value())
+        del changed[key]
+        self.set_raw_value(changed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the value."""
@@ -436,30 +442,6 @@ def assign_all(variables: Iterable[Variable[Any]], values: Iterable[Any]) -> Non
     collections.deque(map(_set_raw, variables, values), maxlen=0)
 
 
-def _as_tuple(hooks: Any) -> Sequence[Callable[..., Any]]:
-    return hooks if isinstance(hooks, tuple | list) else (hooks,)
-
-
-def _has_parts(raw: Any) -> bool:
-    return isinstance(raw, jax.Array | np.ndarray | jax.Ref)
-
-
-def _with_part(array: jax.Array, index: Any, value: Any) -> jax.Array:
-    """The array with a part replaced; its dtype stays."""
-    whole = index is Ellipsis and isinstance(value, jax.Array) and value.shape == array.shape
-    if whole and value.dtype == array.dtype and not getattr(value, "weak_type", False):
-        return value  # type: ignore[no-any-return]
-    return array.at[index].set(value)
-
-
-def _with_current_names(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Older names of ``out_sharding`` replaced."""
-    for old in ("sharding", "sharding_names"):
-        if old in metadata:
-            metadata["out_sharding"] = metadata.pop(old)
-    return metadata
-
-
 def _register(cls: type[Variable[Any]]) -> None:
     """Variables are pytree nodes: the value is the child, the metadata static."""
 
@@ -472,55 +454,10 @@ def _register(cls: type[Variable[Any]]) -> None:
 
     def unflatten(metadata: Any, children: Iterable[Any]) -> Variable[Any]:
         (value,) = children
-        return cls.from_metadata(value, dict(metadata) if metadata else _NO_METADATA)
+        return cls._of(value, dict(metadata) if metadata else _NO_METADATA)
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
 
 
 add_operators(Variable)
 _register(Variable)
-
-
-class Param(Variable[A]):
-    """A parameter, to be trained."""
-
-
-class BatchStat(Variable[A]):
-    """A statistic of the data, as batch normalisation keeps them."""
-
-
-class Cache(Variable[A]):
-    """A value kept from one call to the next, as attention keeps keys and values."""
-
-
-class Intermediate(Variable[A]):
-    """What ``Module.sow`` stores."""
-
-
-class Perturbation(Intermediate[A]):
-    """What ``Module.perturb`` adds to a value, to take the value's gradient."""
-
-
-def with_metadata(
-    initializer: Any,
-    on_set_value: Any = (),
-    on_get_value: Any = (),
-    on_create_value: Any = (),
-    on_add_axis: Any = (),
-    on_remove_axis: Any = (),
-    **metadata: Any,
-) -> Any:
-    """Wrap an initialiser so that a variable made of its value gets this metadata and these hooks.
-
-    A hook is ``hook(variable, value) -> value``, for axes ``hook(variable, index, name)``; one or several each.
-    """
-    given = (on_get_value, on_set_value, on_create_value, on_add_axis, on_remove_axis)
-    hooks: Any = {name: tuple(_as_tuple(hook)) for name, hook in zip(_HOOKS, given, strict=True)}
-
-    def init(*args: Any, **kwargs: Any) -> VariableMetadata[Any]:
-        return VariableMetadata(initializer(*args, **kwargs), **hooks, metadata=metadata)
-
-    return init
-
-
-PARTITION_NAME = meta.PARTITION_NAME

@@ -12,12 +12,15 @@ from distaff.kernels.matmul.packing import (
     unpack,
 )
 from distaff.kernels.matmul.panels import PanelFormat
+from distaff.kernels.matmul.pieces import PIECE_ALIGNMENT, Piece
 from distaff.kernels.matmul.quantise import UnquantisableError
 
 __all__ = [
+    "PIECE_ALIGNMENT",
     "MatmulSpec",
     "PackedWeight",
     "PanelFormat",
+    "Piece",
     "UnquantisableError",
     "WeightFormat",
     "WeightFormatError",

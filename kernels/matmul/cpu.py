@@ -10,6 +10,7 @@ import numpy as np
 from distaff.kernels import native
 from distaff.kernels.matmul.operation import ACTIVATIONS, INT8_MOST_ROWS, MatmulSpec
 from distaff.kernels.matmul.panels import STEP_ROWS, PanelFormat
+from distaff.kernels.matmul.pieces import Operand, with_places
 from distaff.kernels.registry import Attributes, register
 
 _TARGETS = {"matmul": "distaff_matmul", "matmul.embed_rows": "distaff_embed_rows"}
@@ -31,40 +32,42 @@ def _refuses(attributes: Attributes) -> str | None:
 def matmul(
     spec: MatmulSpec,
     x: jax.Array,
-    arrays: tuple[jax.Array, ...],
-    norm_weight: jax.Array | None,
-    bias: jax.Array | None,
+    arrays: tuple[Operand, ...],
+    norm_weight: Operand | None,
+    bias: Operand | None,
     residual: jax.Array | None,
     live: jax.Array | None,
 ) -> list[jax.Array]:
     """`distaff.kernels.matmul.matmul`."""
     native.register()
-    optional = {_NORM_WEIGHT: norm_weight, _BIAS: bias, _RESIDUAL: residual, _LIVE: live}
+    optional: dict[int, Operand | None] = {_NORM_WEIGHT: norm_weight, _BIAS: bias, _RESIDUAL: residual, _LIVE: live}
     given = {bit: array for bit, array in optional.items() if array is not None}
     widths = spec.parts or (spec.out_columns,)
     results = [jax.ShapeDtypeStruct((x.shape[0], width), np.float32) for width in widths]
     call = jax.ffi.ffi_call(_TARGETS["matmul"], results, vmap_method="sequential")
+    operands, places = with_places([*arrays, *given.values()])
     found = call(
         x,
-        *arrays,
-        *given.values(),
+        *operands,
         **_weight_attributes(spec),
         operands=np.int32(sum(given)),
         epsilon=np.float32(spec.norm_eps or 0),
         activation=np.int32(0 if spec.activation is None else 1 + list(ACTIVATIONS).index(spec.activation)),
         gated=spec.gated,
         int8_activations=spec.activations == "int8",
+        places=places,
     )
     return list(found)
 
 
 @register("matmul.embed_rows", "native", platforms=("cpu",), priority=10, refuses=_refuses)
-def embed_rows(spec: MatmulSpec, arrays: tuple[jax.Array, ...], tokens: jax.Array) -> jax.Array:
+def embed_rows(spec: MatmulSpec, arrays: tuple[Operand, ...], tokens: jax.Array) -> jax.Array:
     """`distaff.kernels.matmul.embed_rows`."""
     native.register()
     shape = jax.ShapeDtypeStruct((tokens.shape[0], spec.rows), np.float32)
     call = jax.ffi.ffi_call(_TARGETS["matmul.embed_rows"], shape, vmap_method="sequential")
-    return call(tokens, *arrays, **_weight_attributes(spec))
+    operands, places = with_places(arrays)
+    return call(tokens, *operands, **_weight_attributes(spec), places=places)
 
 
 def _weight_attributes(spec: MatmulSpec) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from distaff.kernels.matmul.formats import LANES, WeightFormat, usual_formats
 from distaff.kernels.matmul.packing import packed_shapes
+from distaff.kernels.matmul.pieces import Operand
 from distaff.kernels.registry import Attributes, choose, usual_calls
 
 # By name, in the order of the C++ enumeration (which begins with none).
@@ -48,14 +49,14 @@ class MatmulSpec:
 
 def matmul(
     x: jax.Array,
-    packed_arrays: Sequence[jax.Array],
+    packed_arrays: Sequence[Operand],
     *,
     format: WeightFormat,
     rows: int,
     columns: int,
-    norm_weight: jax.Array | None = None,
+    norm_weight: Operand | None = None,
     norm_eps: float | None = None,
-    bias: jax.Array | None = None,
+    bias: Operand | None = None,
     activation: str | None = None,
     gated: bool = False,
     residual: jax.Array | None = None,
@@ -78,6 +79,8 @@ def matmul(
 
     If W is several matrices side by side, each padded to whole panels of 16 columns, ``parts`` are their widths without
     padding, and the list has a result for each.
+
+    The weight's arrays, norm weight and bias may be a `Piece` of a buffer each.
 
     Rows from ``live`` (int32 []) on are padding: an implementation need not compute them, and what they come out as
     means nothing.
@@ -107,7 +110,7 @@ def matmul(
 
 
 def embed_rows(
-    packed_arrays: Sequence[jax.Array],
+    packed_arrays: Sequence[Operand],
     tokens: jax.Array,
     *,
     format: WeightFormat,
@@ -147,9 +150,9 @@ def bias_size(spec: MatmulSpec) -> int:
 def _check(
     spec: MatmulSpec,
     x: jax.Array,
-    packed_arrays: Sequence[jax.Array],
-    norm_weight: jax.Array | None,
-    bias: jax.Array | None,
+    packed_arrays: Sequence[Operand],
+    norm_weight: Operand | None,
+    bias: Operand | None,
     residual: jax.Array | None,
     live: jax.Array | None,
 ) -> None:
@@ -160,7 +163,7 @@ def _check(
         raise ValueError(f"no activation {spec.activation!r}; there are {', '.join(ACTIVATIONS)}")
     if spec.activations not in ("int8", "float32"):
         raise ValueError(f"activations are int8 or float32, not {spec.activations!r}")
-    expected = {
+    expected: Mapping[str, tuple[Operand | None, tuple[int, ...]]] = {
         "norm_weight": (norm_weight, (spec.rows,)),
         "bias": (bias, (bias_size(spec),)),
         "residual": (residual, (x.shape[0], spec.out_columns)),
@@ -175,7 +178,7 @@ def _check(
         raise ValueError(f"live must be int32[], not {live.dtype}{list(live.shape)}")
 
 
-def _check_weight(spec: MatmulSpec, packed_arrays: Sequence[jax.Array]) -> None:
+def _check_weight(spec: MatmulSpec, packed_arrays: Sequence[Operand]) -> None:
     if spec.gated and spec.columns % 2:
         raise ValueError(f"{spec.columns} gated columns: they must be even")
     given = [(tuple(array.shape), str(array.dtype)) for array in packed_arrays]

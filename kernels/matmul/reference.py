@@ -8,6 +8,7 @@ from jax import lax
 
 from distaff.kernels.matmul.formats import LANES
 from distaff.kernels.matmul.operation import ACTIVATIONS, MatmulSpec
+from distaff.kernels.matmul.pieces import Operand, as_array
 from distaff.kernels.registry import register
 
 
@@ -15,22 +16,22 @@ from distaff.kernels.registry import register
 def matmul(
     spec: MatmulSpec,
     x: jax.Array,
-    arrays: tuple[jax.Array, ...],
-    norm_weight: jax.Array | None,
-    bias: jax.Array | None,
+    arrays: tuple[Operand, ...],
+    norm_weight: Operand | None,
+    bias: Operand | None,
     residual: jax.Array | None,
     live: jax.Array | None,
 ) -> list[jax.Array]:
     """`distaff.kernels.matmul.matmul`; computes padding too."""
     x = x.astype(jnp.float32)
     if norm_weight is not None and spec.norm_eps is not None:
-        x = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + spec.norm_eps) * norm_weight
+        x = x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + spec.norm_eps) * as_array(norm_weight)
     activate = (lambda y: y) if spec.activation is None else ACTIVATIONS[spec.activation]
-    weight = spec.format.unpack(arrays, spec.rows, jnp)
+    weight = spec.format.unpack(tuple(map(as_array, arrays)), spec.rows, jnp)
     weight = weight if spec.gated else weight[:, : spec.columns]
     product = x @ weight
     if bias is not None:
-        product += bias
+        product += as_array(bias)
     if spec.gated:
         gate, up = jnp.moveaxis(product.reshape(x.shape[0], -1, 2, LANES), 2, 0)
         product = (activate(gate) * up).reshape(x.shape[0], -1)[:, : spec.out_columns]
@@ -43,10 +44,10 @@ def matmul(
 
 
 @register("matmul.embed_rows", "reference", priority=-10)
-def embed_rows(spec: MatmulSpec, arrays: tuple[jax.Array, ...], tokens: jax.Array) -> jax.Array:
+def embed_rows(spec: MatmulSpec, arrays: tuple[Operand, ...], tokens: jax.Array) -> jax.Array:
     """`distaff.kernels.matmul.embed_rows`."""
     tokens = jnp.clip(tokens, 0, spec.columns - 1)
-    panels = tuple(array[tokens // LANES] for array in arrays)  # of each token its own panel
+    panels = tuple(as_array(array)[tokens // LANES] for array in arrays)  # of each token its own panel
     columns = spec.format.unpack(panels, spec.rows, jnp)
     columns = columns.reshape(spec.rows, -1, LANES)
     rows: jax.Array = jnp.take_along_axis(columns, (tokens % LANES)[None, :, None], 2)[..., 0].T

@@ -63,13 +63,13 @@ Timer timer("embed_rows");
 
 ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer tokens, ffi::RemainingArgs arguments,
                ffi::Result<ffi::AnyBuffer> out, int64_t rows, int64_t columns, int32_t kind, int32_t group,
-               bool offsets) {
+               bool offsets, ffi::Span<const int64_t> places) {
   const Timed timed(timer);
   const auto refuse = [](const std::string& message) {
     return ffi::Error::InvalidArgument("distaff_embed_rows: " + message);
   };
   PackedWeight weight(rows, columns, kind, group, offsets, /*gated=*/false);
-  if (auto message = weight.read(arguments, 0); !message.empty()) return refuse(message);
+  if (auto message = weight.read(Arguments(arguments, places), 0); !message.empty()) return refuse(message);
   const int64_t count = static_cast<int64_t>(tokens.element_count());
   if (tokens.element_type() != ffi::S32) return refuse("tokens must be int32");
   if (out->element_type() != ffi::F32 || static_cast<int64_t>(out->element_count()) != count * rows) {
@@ -99,7 +99,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(distaff_embed_rows, run,
                                   .Attr<int64_t>("columns")
                                   .Attr<int32_t>("kind")
                                   .Attr<int32_t>("group")
-                                  .Attr<bool>("offsets"));
+                                  .Attr<bool>("offsets")
+                                  .Attr<ffi::Span<const int64_t>>("places"));
 DISTAFF_REGISTER(distaff_embed_rows);
 
 }  // namespace distaff

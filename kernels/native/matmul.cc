@@ -20,36 +20,27 @@ enum Operand : int32_t { kNormWeight = 1, kBias = 2, kResidual = 4, kLive = 8 };
 
 Timer timer("matmul");
 
-// The next argument as float32 with `count` elements.
-class FloatArguments {
+// Takes arguments one after the other; `error` is about the last that did not fit.
+class NextArguments {
  public:
-  explicit FloatArguments(ffi::RemainingArgs arguments, size_t first) : arguments_(arguments), next_(first) {}
+  NextArguments(const Arguments& arguments, size_t first) : arguments_(arguments), next_(first) {}
 
-  const float* take(const char* name, int64_t count) {
-    const auto buffer = arguments_.get<ffi::AnyBuffer>(next_++);
-    if (!buffer.has_value()) {
-      error = std::string("distaff_matmul: no argument for ") + name;
-    } else if (buffer->element_type() != ffi::F32 || static_cast<int64_t>(buffer->element_count()) != count) {
-      error = std::string("distaff_matmul: ") + name + " must be " + std::to_string(count) + " float32";
-    } else {
-      return static_cast<const float*>(buffer->untyped_data());
-    }
-    return nullptr;
+  const float* floats(const char* name, int64_t count) {
+    const void* data = arguments_.data(next_++, ffi::F32, count * sizeof(float));
+    if (data == nullptr) error = std::string(name) + " must be " + std::to_string(count) + " float32";
+    return static_cast<const float*>(data);
   }
 
-  int32_t take_int() {
-    const auto buffer = arguments_.get<ffi::AnyBuffer>(next_++);
-    if (buffer.has_value() && buffer->element_type() == ffi::S32 && buffer->element_count() == 1) {
-      return *static_cast<const int32_t*>(buffer->untyped_data());
-    }
-    error = "distaff_matmul: live must be one int32";
-    return 0;
+  int32_t integer(const char* name) {
+    const void* data = arguments_.data(next_++, ffi::S32, sizeof(int32_t));
+    if (data == nullptr) error = std::string(name) + " must be one int32";
+    return data == nullptr ? 0 : *static_cast<const int32_t*>(data);
   }
 
   std::string error;
 
  private:
-  ffi::RemainingArgs arguments_;
+  const Arguments& arguments_;
   size_t next_;
 };
 
@@ -74,7 +65,8 @@ std::string take_results(ffi::RemainingRets results, Matmul& call) {
 
 ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arguments, ffi::RemainingRets results,
                int64_t rows, int64_t columns, int32_t kind, int32_t group, bool offsets, int32_t operands,
-               float epsilon, int32_t activation, bool gated, bool int8_activations) {
+               float epsilon, int32_t activation, bool gated, bool int8_activations,
+               ffi::Span<const int64_t> places) {
   const Timed timed(timer);
   Matmul call{};
   const auto refuse = [](const std::string& message) {
@@ -93,23 +85,24 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs argume
   call.gated = gated;
   call.norm_epsilon = epsilon;
 
+  const Arguments others(arguments, places);
   PackedWeight weight(rows, columns, kind, group, offsets, gated);
-  if (auto message = weight.read(arguments, 0); !message.empty()) return refuse(message);
+  if (auto message = weight.read(others, 0); !message.empty()) return refuse(message);
   call.weight = weight.matrix;
   if (call.weight.quantised()) {
-    call.activations.kind = int8_activations ? Activations::Kind::kInt8 : Activations::Kind::kFloat32;
+    call.x_as = int8_activations ? Activations::Kind::kInt8 : Activations::Kind::kFloat32;
   } else {
     const bool is_float32 = call.weight.kind == WeightKind::kFloat32;
-    call.activations.kind = is_float32 ? Activations::Kind::kFloat32 : Activations::Kind::kBfloat16;
+    call.x_as = is_float32 ? Activations::Kind::kFloat32 : Activations::Kind::kBfloat16;
   }
 
-  FloatArguments floats(arguments, weight.arrays());
-  if (operands & kNormWeight) call.norm_weight = floats.take("norm_weight", rows);
-  if (operands & kBias) call.bias = floats.take("bias", gated ? call.panels() * kLanes : columns);
-  if (operands & kResidual) call.residual = floats.take("residual", call.m * call.out_columns());
+  NextArguments next(others, weight.arrays());
+  if (operands & kNormWeight) call.norm_weight = next.floats("norm_weight", rows);
+  if (operands & kBias) call.bias = next.floats("bias", gated ? call.panels() * kLanes : columns);
+  if (operands & kResidual) call.residual = next.floats("residual", call.m * call.out_columns());
   int64_t live = call.m;
-  if (operands & kLive) live = std::clamp<int64_t>(floats.take_int(), 0, call.m);
-  if (!floats.error.empty()) return ffi::Error::InvalidArgument(floats.error);
+  if (operands & kLive) live = std::clamp<int64_t>(next.integer("live"), 0, call.m);
+  if (!next.error.empty()) return refuse(next.error);
   if (auto wanted = take_results(results, call); !wanted.empty()) return refuse("there must be " + wanted);
   if (live == 0) return ffi::Error::Success();
   call.m = live;  // what comes after is padding, and nobody looks at its results
@@ -137,7 +130,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(distaff_matmul, run,
                                   .Attr<float>("epsilon")
                                   .Attr<int32_t>("activation")
                                   .Attr<bool>("gated")
-                                  .Attr<bool>("int8_activations"));
+                                  .Attr<bool>("int8_activations")
+                                  .Attr<ffi::Span<const int64_t>>("places"));
 DISTAFF_REGISTER(distaff_matmul);
 
 }  // namespace distaff

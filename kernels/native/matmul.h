@@ -42,12 +42,12 @@ struct WeightMatrix {
   DISTAFF_INLINE int32_t zero() const { return kind == WeightKind::kInt8 ? 128 : group_offsets == nullptr ? 8 : 0; }
 };
 
-// Rows of x as the micro-kernels read them: normalised, in the dtype of the product, padded with zeros.
+// Some rows of x as the micro-kernels read them: normalised, in the dtype of the product, padded with zeros.
 struct Activations {
-  enum class Kind { kFloat32, kBfloat16, kInt8 } kind;
+  enum class Kind { kFloat32, kBfloat16, kInt8 };
   uint8_t* values;
   int64_t stride;  // bytes from row to row
-  // For int8, [M, groups] each: the scale, -zero times the sum of the integers, and scale times that sum.
+  // For int8, [rows, groups] each: the scale, -zero times the sum of the integers, and scale times that sum.
   float* scales;
   int32_t* shifts;
   float* sums;
@@ -66,6 +66,7 @@ struct Matmul {
   WeightMatrix weight;
   const void* x;  // [M, K], float32 or bfloat16
   bool x_is_bf16;
+  Activations::Kind x_as;  // what is multiplied
   const float* norm_weight;  // [K], or null: no RMS norm
   float norm_epsilon;
   const float* bias;  // null, or [N], in the order of the packed columns
@@ -76,12 +77,11 @@ struct Matmul {
   // The result [M, out_columns]; of several matrices side by side, each padded to whole panels, a part for each.
   Part parts[kMostParts];
   int part_count;
-  Activations activations;
 
   DISTAFF_INLINE int64_t out_columns() const { return gated ? weight.columns / 2 : weight.columns; }
   DISTAFF_INLINE int64_t panels() const { return (out_columns() + kLanes - 1) / kLanes * (gated ? 2 : 1); }
   // Whether quantised weights are made float32 again, instead of x int8.
-  DISTAFF_INLINE bool widens() const { return weight.quantised() && activations.kind == Activations::Kind::kFloat32; }
+  DISTAFF_INLINE bool widens() const { return weight.quantised() && x_as == Activations::Kind::kFloat32; }
 };
 
 // A part of the result: rows of x and panels of W (from an even one to an even one if gated).
@@ -91,22 +91,21 @@ struct Block {
 
 // What is compiled once for each processor level.
 struct MatmulKernels {
-  // Fills one row of the activations; `scratch` holds prepare_floats().
-  void (*prepare)(const Matmul&, int64_t row, float* scratch);
-  // Computes a block of the result; `scratch` holds block_floats() and is 64-byte aligned.
-  void (*block)(const Matmul&, const Block&, float* scratch);
+  // Makes rows of x ready; `scratch` holds prepare_floats().
+  void (*prepare)(const Matmul&, int64_t row_begin, int64_t row_end, const Activations&, float* scratch);
+  // Computes a block of the result from its rows of x; `scratch` holds block_floats() and is 64-byte aligned.
+  void (*block)(const Matmul&, const Activations&, const Block&, float* scratch);
 };
 
 extern const MatmulKernels kMatmulGeneric, kMatmulAvx2, kMatmulAvx512, kMatmulAvx512Vnni, kMatmulAvx512Bf16,
     kMatmulAmx;
 
-constexpr int64_t kWidenedRows = 128, kWidenedPanels = 4;  // of W, made float32 at a time
+constexpr int64_t kMostTilePanels = 4;
+constexpr int64_t kWidenedRows = 128;  // of W, made float32 at a time
 
-DISTAFF_INLINE int64_t prepare_floats(const Matmul& call) {
-  return (call.weight.padded_rows() + kLanes - 1) / kLanes * kLanes;
-}
-DISTAFF_INLINE int64_t block_floats(const Matmul& call, int64_t rows, int64_t panels) {
-  return (rows * panels + (call.widens() ? kWidenedRows * kWidenedPanels : 0)) * kLanes;
+DISTAFF_INLINE int64_t prepare_floats(const Matmul& call) { return round_up(call.weight.padded_rows(), 2 * kLanes); }
+DISTAFF_INLINE int64_t block_floats(const Matmul& call, int64_t rows) {
+  return (rows + (call.widens() ? kWidenedRows : 0)) * kMostTilePanels * kLanes;
 }
 
 }  // namespace distaff

@@ -1,8 +1,10 @@
-// How a matmul is cut into pieces of work: first every row of x is made ready once, then blocks of the result are
-// computed in any order. `Pool` is a Threads, or has the same `run`.
+// How a matmul is cut into blocks of the result, computed in any order. A thread makes rows of x ready when it comes to
+// their first block: to do that twice costs less than to wait for another thread. `Pool` is a Threads, or has the same
+// `run` and `count`.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "cpu.h"
@@ -23,61 +25,91 @@ inline const MatmulKernels& matmul_kernels(CpuLevel level) {
   return kMatmulGeneric;
 }
 
-// What a thread computes in. A function, so that each thread makes (and frees) its own when it first comes here.
-inline Scratch& thread_scratch() {
-  thread_local Scratch scratch;
-  return scratch;
-}
-
-// Blocks of a result: `height` rows of x times `width` panels.
-struct Blocks {
-  int64_t height, width, down, across;
-
-  explicit Blocks(const Matmul& call) {
-    constexpr int64_t kMostRows = 128, kMostPanels = 8, kLeastBytes = 16 * 1024, kTileRows = 12;
-    down = (call.m + kMostRows - 1) / kMostRows;
-    height = (call.m + down - 1) / down;
-    if (down > 1) height = (height + kTileRows - 1) / kTileRows * kTileRows;  // few tiles that are not full
-    down = (call.m + height - 1) / height;
-    // Large enough to be worth a turn at the shared counter, small enough that threads end together.
-    width = std::clamp<int64_t>(kLeastBytes / call.weight.panel_bytes(), 1, kMostPanels);
-    if (call.m > 3) width = width > 4 ? 8 : 4;
-    if (call.gated) width = (width + 1) / 2 * 2;
-    across = (call.panels() + width - 1) / width;
+// Blocks of a result: `height` rows of x times some panels.
+class Blocks {
+ public:
+  Blocks(const Matmul& call, int64_t threads) : m_(call.m), panels_(call.panels()), unit_(call.gated ? 2 : 1) {
+    // Few enough rows to stay in the second cache, and enough that each thread may read all of W for its own.
+    constexpr int64_t kFewestRows = 64, kMostRows = 128, kMostPanels = 8, kLeastBytes = 16 * 1024;
+    const int64_t rows = std::clamp((m_ + threads - 1) / threads, kFewestRows, kMostRows);
+    down_ = (m_ + rows - 1) / rows;
+    height_ = (m_ + down_ - 1) / down_;
+    int64_t width = kMostPanels;
+    if (m_ <= 3) {  // large enough to be worth a turn at the shared counter
+      width = std::clamp<int64_t>(kLeastBytes / call.weight.panel_bytes(), unit_, kMostPanels);
+    } else if (panels_ % 2 == 0) {
+      unit_ = 2;
+    }
+    across_ = (panels_ + width - 1) / width;
+    if (down_ == 1) across_ = (across_ + threads - 1) / threads * threads;  // so that threads end together
   }
 
-  // Blocks that share panels follow each other.
-  Block at(int64_t i, const Matmul& call) const {
-    const int64_t row = i % down * height, panel = i / down * width;
-    return {row, std::min(row + height, call.m), panel, std::min(panel + width, call.panels())};
+  int64_t count() const { return down_ * across_; }
+  int64_t height() const { return height_; }
+
+  // Blocks that share rows follow each other. Some may be empty.
+  Block at(int64_t i) const {
+    const int64_t row = i / across_ * height_, column = i % across_;
+    const auto panel = [this](int64_t j) { return panels_ / unit_ * j / across_ * unit_; };
+    return {row, std::min(row + height_, m_), panel(column), panel(column + 1)};
   }
+
+ private:
+  int64_t m_, panels_, unit_, down_, height_, across_;
 };
 
-// Computes call.parts; fills in call.activations but for its kind.
+// Rows of x that a thread has made ready for its blocks, and what it computes in.
+class Workspace {
+ public:
+  // That of this thread. A function, so that each makes (and frees) its own when it first comes here.
+  static Workspace& of_thread() {
+    thread_local Workspace workspace;
+    return workspace;
+  }
+
+  static int64_t next_call() {
+    static std::atomic<int64_t> calls{0};
+    return calls.fetch_add(1, std::memory_order_relaxed);
+  }
+
+  // The rows of a block of the call with that number, made ready unless they are.
+  const Activations& rows(const Matmul& call, int64_t number, const Block& block, const MatmulKernels& kernels) {
+    if (number == number_ && block.row_begin == first_row_) return activations_;
+    using Kind = Activations::Kind;
+    const int64_t element = call.x_as == Kind::kInt8 ? 1 : call.x_as == Kind::kBfloat16 ? 2 : 4;
+    const int64_t rows = block.row_end - block.row_begin;
+    const int64_t groups = call.x_as == Kind::kInt8 ? rows * call.weight.groups() : 0;
+    Activations& to = activations_;
+    to.stride = round_up(prepare_floats(call) * element, 64) + 64;  // not a power of two: rows share few cache sets
+    to.values = rows_.get<uint8_t>(rows * to.stride + 3 * groups * sizeof(float));
+    to.scales = reinterpret_cast<float*>(to.values + rows * to.stride);
+    to.sums = to.scales + groups;
+    to.shifts = reinterpret_cast<int32_t*>(to.sums + groups);
+    kernels.prepare(call, block.row_begin, block.row_end, to, floats(prepare_floats(call)));
+    number_ = number;
+    first_row_ = block.row_begin;
+    return to;
+  }
+
+  float* floats(int64_t count) { return floats_.get<float>(count * sizeof(float)); }
+
+ private:
+  Scratch rows_, floats_;
+  Activations activations_{};
+  int64_t number_ = -1, first_row_ = 0;
+};
+
+// Computes call.parts.
 template <typename Pool>
-void matmul(Matmul& call, const MatmulKernels& kernels, Pool& pool) {
-  thread_local Scratch shared;  // of the calling thread, read by the others
-  constexpr int64_t kRowsAtOnce = 8;
-
-  Activations& to = call.activations;
-  const int64_t element = to.kind == Activations::Kind::kInt8 ? 1 : to.kind == Activations::Kind::kBfloat16 ? 2 : 4;
-  to.stride = (prepare_floats(call) * element + 63) / 64 * 64 + 64;  // not a power of two: rows share few cache sets
-  const int64_t groups = to.kind == Activations::Kind::kInt8 ? call.m * call.weight.groups() : 0;
-  to.values = shared.get<uint8_t>(call.m * to.stride + 3 * groups * sizeof(float));
-  to.scales = reinterpret_cast<float*>(to.values + call.m * to.stride);
-  to.sums = to.scales + groups;
-  to.shifts = reinterpret_cast<int32_t*>(to.sums + groups);
-
-  pool.run((call.m + kRowsAtOnce - 1) / kRowsAtOnce, [&](int64_t i) {
-    float* scratch = thread_scratch().get<float>(prepare_floats(call) * sizeof(float));
-    const int64_t end = std::min(call.m, (i + 1) * kRowsAtOnce);
-    for (int64_t row = i * kRowsAtOnce; row < end; ++row) kernels.prepare(call, row, scratch);
-  });
-  const Blocks blocks(call);
-  pool.run(blocks.down * blocks.across, [&](int64_t i) {
-    const Block block = blocks.at(i, call);
-    float* scratch = thread_scratch().get<float>(block_floats(call, blocks.height, blocks.width) * sizeof(float));
-    kernels.block(call, block, scratch);
+void matmul(const Matmul& call, const MatmulKernels& kernels, Pool& pool) {
+  const int64_t number = Workspace::next_call();
+  const Blocks blocks(call, pool.count());
+  pool.run(blocks.count(), [&](int64_t i) {
+    const Block block = blocks.at(i);
+    if (block.panel_begin == block.panel_end) return;
+    Workspace& workspace = Workspace::of_thread();
+    const Activations& rows = workspace.rows(call, number, block, kernels);
+    kernels.block(call, rows, block, workspace.floats(block_floats(call, blocks.height())));
   });
 }
 

@@ -1,5 +1,5 @@
-// The code of a matmul that depends on the processor, over whichever `Simd` was included before: rows of activations,
-// tiles of products in registers, and what is done to a finished block.
+// The code of a matmul that depends on the processor, over whichever `Simd` was included before: tiles of products in
+// registers, and what is done to a finished tile.
 //
 // Files that include this are compiled for one processor level and must not use inline functions of the standard
 // library: the linker would keep one copy of them for all levels.
@@ -8,89 +8,14 @@
 #include "matmul.h"
 #include "simd_math.h"
 #include "tiles.h"
+// `unrolled` comes first.
+#include "matmul_activations.h"
 #ifdef DISTAFF_HAS_MATRIX_UNIT
 #include "matrix_unit_tiles.h"
 #endif
 
 namespace distaff {
 namespace {
-
-// --- activations ---
-
-Simd::F load_x(const Matmul& call, int64_t row, int64_t k) {
-  const int64_t size = call.weight.rows, count = least(size - k, kLanes);
-  if (!call.x_is_bf16) {
-    const float* from = static_cast<const float*>(call.x) + row * size + k;
-    return count == kLanes ? Simd::load(from) : Simd::load_first(from, count);
-  }
-  const uint16_t* from = static_cast<const uint16_t*>(call.x) + row * size + k;
-  if (count == kLanes) return Simd::load(from);
-  uint16_t padded[kLanes] = {};
-  __builtin_memcpy(padded, from, count * sizeof *from);
-  return Simd::load(padded);
-}
-
-// Row `row` of x in float32, normalised if the call says so, with zeros up to prepare_floats().
-void normalised_row(const Matmul& call, int64_t row, float* to) {
-  const int64_t size = call.weight.rows;
-  Simd::F scale = Simd::all(1.0f);
-  if (call.norm_weight != nullptr) {
-    Simd::F squares = Simd::zero();
-    for (int64_t k = 0; k < size; k += kLanes) {
-      const Simd::F x = load_x(call, row, k);
-      squares = Simd::fma(x, x, squares);
-    }
-    const float mean = Simd::sum(squares) / static_cast<float>(size);
-    scale = Simd::all(1.0f / __builtin_sqrtf(mean + call.norm_epsilon));
-  }
-  for (int64_t k = 0; k < size; k += kLanes) {
-    Simd::F x = load_x(call, row, k);
-    if (call.norm_weight != nullptr) {
-      const int64_t count = least(size - k, kLanes);
-      const float* from = call.norm_weight + k;
-      x = Simd::mul(Simd::mul(x, scale), count == kLanes ? Simd::load(from) : Simd::load_first(from, count));
-    }
-    Simd::store(to + k, x);
-  }
-  for (int64_t k = (size + kLanes - 1) / kLanes * kLanes; k < prepare_floats(call); k += kLanes) {
-    Simd::store(to + k, Simd::zero());
-  }
-}
-
-// int8 of `count` floats (a multiple of 16) by their largest size; `group` counts groups of all rows.
-void quantise(const Matmul& call, const float* from, int64_t count, int64_t group, int8_t* to) {
-  Simd::F most = Simd::zero();
-  for (int64_t k = 0; k < count; k += kLanes) most = Simd::max(most, Simd::abs(Simd::load(from + k)));
-  const float largest = Simd::largest(most), scale = largest / 127.0f;
-  const Simd::F inverse = Simd::all(largest > 0 ? 127.0f / largest : 0.0f);
-  Simd::I sums = Simd::int_zero();
-  for (int64_t k = 0; k < count; k += kLanes) {
-    const Simd::I q = Simd::nearest(Simd::mul(Simd::load(from + k), inverse));
-    Simd::store_int8(to + k, q);
-    sums = Simd::int_add(sums, q);
-  }
-  const int32_t sum = Simd::int_sum(sums);
-  call.activations.scales[group] = scale;
-  call.activations.shifts[group] = -call.weight.zero() * sum;
-  call.activations.sums[group] = scale * static_cast<float>(sum);
-}
-
-void prepare(const Matmul& call, int64_t row, float* scratch) {
-  const Activations& to = call.activations;
-  uint8_t* values = to.values + row * to.stride;
-  const int64_t size = prepare_floats(call);
-  float* floats = to.kind == Activations::Kind::kFloat32 ? reinterpret_cast<float*>(values) : scratch;
-  normalised_row(call, row, floats);
-  if (to.kind == Activations::Kind::kBfloat16) {
-    auto* bf16 = reinterpret_cast<uint16_t*>(values);
-    for (int64_t k = 0; k < size; k += kLanes) Simd::store(bf16 + k, Simd::load(floats + k));
-  } else if (to.kind == Activations::Kind::kInt8) {
-    const int64_t groups = call.weight.groups(), count = call.weight.group > 0 ? call.weight.group : size;
-    for (int64_t g = 0; g < groups; ++g) {
-      quantise(call, floats + g * count, count, row * groups + g, reinterpret_cast<int8_t*>(values) + g * count);
-    }
-  }
-}
 
 // --- tiles of integers ---
 
@@ -160,8 +85,8 @@ using TileFunction = void (*)(const Tile&);
 
 template <int R, int P>
 TileFunction tile_of(const Matmul& call) {
-  if (call.activations.kind == Activations::Kind::kFloat32) return float_tile<Float32, R, P>;
-  if (call.activations.kind == Activations::Kind::kBfloat16) return float_tile<Bfloat16, R, P>;
+  if (call.x_as == Activations::Kind::kFloat32) return float_tile<Float32, R, P>;
+  if (call.x_as == Activations::Kind::kBfloat16) return float_tile<Bfloat16, R, P>;
   if (call.weight.kind == WeightKind::kInt4) return int_tile<true, true, R, P>;
   return call.weight.group > 0 ? int_tile<false, true, R, P> : int_tile<false, false, R, P>;
 }
@@ -184,10 +109,10 @@ template <int P>
 TileChoice choose_tiles(const Matmul& call) {
 #ifdef DISTAFF_HAS_MATRIX_UNIT
   if constexpr (P > 1) {
-    if (call.activations.kind == Activations::Kind::kBfloat16) {
+    if (call.x_as == Activations::Kind::kBfloat16) {
       return {MatrixUnit::kRows, [](const Matmul&, int64_t) -> TileFunction { return unit_bf16_tile<P>; }};
     }
-    if (call.activations.kind == Activations::Kind::kInt8 && call.weight.group == 0) {
+    if (call.x_as == Activations::Kind::kInt8 && call.weight.group == 0) {
       return {MatrixUnit::kRows, [](const Matmul&, int64_t) -> TileFunction { return unit_int8_tile<P>; }};
     }
   }
@@ -230,15 +155,77 @@ void widen(const WeightMatrix& weight, const Tile& t, int64_t first_row, int64_t
   }
 }
 
-// Sums of P panels from `panel` on into c, K a piece at a time so that the piece of W stays in the first cache.
+// Panels whose columns of the result are computed together, and their sums, [rows][panels][16].
+struct Sums {
+  int64_t panel, panels;
+  float* values;
+};
+
+// What happens to the sums of some rows: bias, activation, gate and residual, into the result.
+template <typename Activate>
+void finish(const Matmul& call, int64_t first_row, int64_t rows, const Sums& sums, Activate activate) {
+  const int64_t width = call.gated ? 2 : 1;
+  const Part *part = call.parts, *const last = part + call.part_count - 1;
+  for (int64_t p = 0; p < sums.panels; p += width) {
+    const int64_t panel = sums.panel + p;
+    while (part < last && panel >= part[1].first_panel) ++part;
+    const int64_t column = (panel - part->first_panel) / width * kLanes;
+    const int64_t count = least(part->columns - column, kLanes);
+    Simd::F bias = Simd::zero(), up_bias = Simd::zero();
+    if (call.bias != nullptr) {
+      bias = load_some(call.bias + panel * kLanes, call.gated ? kLanes : count);
+      if (call.gated) up_bias = Simd::load(call.bias + (panel + 1) * kLanes);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* c = sums.values + (r * sums.panels + p) * kLanes;
+      Simd::F value = activate(Simd::add(Simd::load(c), bias));
+      if (call.gated) value = Simd::mul(value, Simd::add(Simd::load(c + kLanes), up_bias));
+      const int64_t at = (first_row + r) * part->columns + column;
+      if (call.residual != nullptr) value = Simd::add(value, load_some(call.residual + at, count));
+      if (count == kLanes) {
+        Simd::store(part->out + at, value);
+      } else {
+        Simd::store_first(part->out + at, value, count);
+      }
+    }
+  }
+}
+
+void finish(const Matmul& call, int64_t first_row, int64_t rows, const Sums& sums) {
+  switch (call.activation) {
+    case Activation::kSilu:
+      return finish(call, first_row, rows, sums, [](Simd::F x) { return silu(x); });
+    case Activation::kGeluTanh:
+      return finish(call, first_row, rows, sums, [](Simd::F x) { return gelu_tanh(x); });
+    case Activation::kGelu:
+      return finish(call, first_row, rows, sums, [](Simd::F x) { return gelu(x); });
+    case Activation::kRelu:
+      return finish(call, first_row, rows, sums, [](Simd::F x) { return Simd::max(x, Simd::zero()); });
+    case Activation::kNone:
+      return finish(call, first_row, rows, sums, [](Simd::F x) { return x; });
+  }
+}
+
+// How many steps of some panels all rows pass before the next ones. With few rows these are few, so that memory does not
+// wait long for the first rows; sums of integers cost more to put away, and with many rows memory has time.
+int64_t piece_steps(const WeightMatrix& weight, int64_t rows, int64_t panels) {
+  const int64_t most_bytes = (rows > 64 ? 256 : rows > 16 && weight.quantised() ? 40 : 24) * 1024;
+  const int64_t pieces = (panels * weight.panel_bytes() + most_bytes - 1) / most_bytes;
+  const int64_t steps = weight.padded_rows() / weight.step_rows();
+  return round_up((steps + pieces - 1) / pieces, weight.group > 0 ? weight.group / weight.step_rows() : 1);
+}
+
+// Products of a block's rows and P panels from `panel` on into their sums, and, with the last of the sums' panels, into
+// the result. K is taken a piece at a time, so that the piece of W stays in a cache while all rows pass.
 template <int P>
-void multiply(const Matmul& call, const Block& block, int64_t panel, float* c, int64_t c_stride, float* widened) {
+void multiply(const Matmul& call, const Activations& x, const Block& block, int64_t panel, const Sums& sums,
+              float* widened) {
   const WeightMatrix& weight = call.weight;
-  const Activations& activations = call.activations;
   const int64_t groups = weight.groups(), scales = panel * groups * kLanes;
   const int64_t step_rows = weight.step_rows(), steps = weight.padded_rows() / step_rows;
-  const int64_t piece = call.widens() ? kWidenedRows / step_rows : 24 * 1024 / kStepBytes / P;
   const int64_t rows = block.row_end - block.row_begin;
+  const int64_t piece = call.widens() ? kWidenedRows / step_rows : piece_steps(weight, rows, P);
+  const bool completes = panel + P == sums.panel + sums.panels;
   const TileChoice choice = choose_tiles<P>(call);
   const int64_t tiles = (rows + choice.rows - 1) / choice.rows;
   for (int64_t step = 0; step < steps; step += piece) {
@@ -247,10 +234,10 @@ void multiply(const Matmul& call, const Block& block, int64_t panel, float* c, i
     t.w_stride = weight.panel_bytes();
     t.steps = least(piece, steps - step);
     const uint8_t* next = t.w + (step + piece < steps ? piece * kStepBytes : P * t.w_stride - step * kStepBytes);
-    t.next_step = kStepBytes / tiles;
-    t.c_stride = c_stride;
+    t.next_step = (kStepBytes + tiles - 1) / tiles;
+    t.c_stride = sums.panels * kLanes;
     t.first = step == 0;
-    t.a_stride = activations.stride;
+    t.a_stride = x.stride;
     t.groups = groups;
     if (weight.group > 0) {
       t.group_scales = weight.group_scales + scales;
@@ -279,90 +266,44 @@ void multiply(const Matmul& call, const Block& block, int64_t panel, float* c, i
     }
     for (int64_t i = 0, row = 0; i < tiles; ++i) {
       const int64_t count = rows / tiles + (i < rows % tiles);
-      const int64_t at = (block.row_begin + row) * groups + group;
       t.rows = count;
-      t.a = activations.values + (block.row_begin + row) * activations.stride + step * a_step;
-      t.c = c + row * c_stride;
+      t.a = x.values + row * x.stride + step * a_step;
+      t.c = sums.values + row * t.c_stride + (panel - sums.panel) * kLanes;
       t.next = next + i * t.steps * t.next_step;
-      if (activations.kind == Activations::Kind::kInt8) {
-        t.a_scales = activations.scales + at;
-        t.a_shifts = activations.shifts + at;
-        t.a_sums = activations.sums + at;
+      if (call.x_as == Activations::Kind::kInt8) {
+        const int64_t at = row * groups + group;
+        t.a_scales = x.scales + at;
+        t.a_shifts = x.shifts + at;
+        t.a_sums = x.sums + at;
       }
       choice.of(call, count)(t);
       row += count;
     }
   }
+  if (completes) finish(call, block.row_begin, rows, sums);
 }
 
-Simd::F activate(Activation activation, Simd::F x) {
-  switch (activation) {
-    case Activation::kSilu:
-      return silu(x);
-    case Activation::kGeluTanh:
-      return gelu_tanh(x);
-    case Activation::kGelu:
-      return gelu(x);
-    case Activation::kRelu:
-      return Simd::max(x, Simd::zero());
-    case Activation::kNone:
-      break;
-  }
-  return x;
-}
-
-// Bias, activation, gate and residual of a block whose sums are in c, into the result.
-void finish(const Matmul& call, const Block& block, const float* c) {
-  const int64_t width = call.gated ? 2 : 1;
-  const Part* const end = call.parts + call.part_count - 1;
-  const auto some = [](const float* from, int64_t count) {
-    return count == kLanes ? Simd::load(from) : Simd::load_first(from, count);
-  };
-  for (int64_t row = block.row_begin; row < block.row_end; ++row) {
-    const Part* part = call.parts;
-    for (int64_t panel = block.panel_begin; panel < block.panel_end; panel += width) {
-      while (part < end && panel >= part[1].first_panel) ++part;
-      const int64_t column = (panel - part->first_panel) / width * kLanes;
-      const int64_t count = least(part->columns - column, kLanes);
-      Simd::F value = Simd::load(c), up = Simd::zero();
-      if (call.gated) up = Simd::load(c + kLanes);
-      c += width * kLanes;
-      if (call.bias != nullptr) {
-        const float* bias = call.bias + panel * kLanes;
-        value = Simd::add(value, call.gated ? Simd::load(bias) : some(bias, count));
-        if (call.gated) up = Simd::add(up, Simd::load(bias + kLanes));
-      }
-      value = activate(call.activation, value);
-      if (call.gated) value = Simd::mul(value, up);
-      const int64_t at = row * part->columns + column;
-      if (call.residual != nullptr) value = Simd::add(value, some(call.residual + at, count));
-      if (count == kLanes) {
-        Simd::store(part->out + at, value);
-      } else {
-        Simd::store_first(part->out + at, value, count);
-      }
-    }
-  }
-}
-
-void compute_block(const Matmul& call, const Block& block, float* scratch) {
-  const int64_t rows = block.row_end - block.row_begin, width = (block.panel_end - block.panel_begin) * kLanes;
-  float* widened = scratch + rows * width;
+void compute_block(const Matmul& call, const Activations& x, const Block& block, float* scratch) {
+  const int64_t rows = block.row_end - block.row_begin;
+  float* widened = scratch + rows * kMostTilePanels * kLanes;
   int64_t panel = block.panel_begin;
-  const auto at = [&] { return scratch + (panel - block.panel_begin) * kLanes; };
-  const auto several = [&](auto panels) {
-    for (; panel + panels <= block.panel_end; panel += panels) {
-      multiply<decltype(panels)::kValue>(call, block, panel, at(), width, widened);
+  const auto take = [&](auto count) {
+    constexpr int kCount = decltype(count)::kValue;
+    const int64_t together = most(kCount, call.gated ? 2 : 1);
+    for (; panel + together <= block.panel_end; panel += together) {
+      const Sums sums{panel, together, scratch};
+      for (int64_t p = 0; p < together; p += kCount) multiply<kCount>(call, x, block, panel + p, sums, widened);
     }
   };
   if (rows > 3) {  // with fewer, one panel after the other is read faster
     // Tiles with groups keep two sums for every number.
     const bool grouped = call.weight.group > 0 && !call.widens();
-    if (grouped) several(Constant<(Simd::kPanels + 1) / 2>{});
-    if (!grouped) several(Constant<Simd::kPanels>{});
+    if constexpr (Simd::kPanels >= 4) {
+      if (!grouped) take(Constant<4>{});
+      take(Constant<2>{});
+    }
   }
-  for (; panel < block.panel_end; ++panel) multiply<1>(call, block, panel, at(), width, widened);
-  finish(call, block, scratch);
+  take(Constant<1>{});
 }
 
 constexpr MatmulKernels kMatmul{prepare, compute_block};

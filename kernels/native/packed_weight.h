@@ -1,4 +1,5 @@
-// A packed weight matrix as it arrives through FFI: one to three arrays, and numbers that say what they hold.
+// Arguments of kernels that read weights, and a packed weight matrix among them: one to three arrays, and numbers that
+// say what they hold.
 #pragma once
 
 #include <string>
@@ -7,6 +8,28 @@
 #include "xla/ffi/api/ffi.h"
 
 namespace distaff {
+
+// The arguments that follow a call's first. Each is an array, or a piece of a buffer of bytes that holds many: `places`
+// has a number for each, where the piece begins, or -1 for an array. (A program with few arguments is called faster.)
+class Arguments {
+ public:
+  Arguments(xla::ffi::RemainingArgs arguments, xla::ffi::Span<const int64_t> places)
+      : arguments_(arguments), places_(places) {}
+
+  // The data of argument `index`, or null if it is not `bytes` bytes of `dtype`.
+  const void* data(size_t index, xla::ffi::DataType dtype, int64_t bytes) const {
+    const auto buffer = arguments_.get<xla::ffi::AnyBuffer>(index);
+    if (!buffer.has_value() || index >= places_.size()) return nullptr;
+    const int64_t place = places_[index], size = static_cast<int64_t>(buffer->size_bytes());
+    if (place < 0) return buffer->element_type() == dtype && size == bytes ? buffer->untyped_data() : nullptr;
+    const bool fits = buffer->element_type() == xla::ffi::U8 && place % 64 == 0 && bytes <= size && place <= size - bytes;
+    return fits ? static_cast<const char*>(buffer->untyped_data()) + place : nullptr;
+  }
+
+ private:
+  xla::ffi::RemainingArgs arguments_;
+  xla::ffi::Span<const int64_t> places_;
+};
 
 class PackedWeight {
  public:
@@ -24,7 +47,7 @@ class PackedWeight {
   size_t arrays() const { return matrix.quantised() ? (offsets_ ? 3 : 2) : 1; }
 
   // Reads them from `first` on; returns what is wrong, or nothing.
-  std::string read(const xla::ffi::RemainingArgs& arguments, size_t first) {
+  std::string read(const Arguments& arguments, size_t first) {
     using xla::ffi::DataType;
     constexpr DataType kValues[] = {DataType::F32, DataType::U16, DataType::U8, DataType::U8};
     if (kind_ < 0 || kind_ > static_cast<int32_t>(WeightKind::kInt4)) return "unknown kind of weight";
@@ -40,15 +63,9 @@ class PackedWeight {
 
     std::string error;
     const auto take = [&](size_t index, const char* name, DataType dtype, int64_t bytes) -> const void* {
-      const auto buffer = arguments.get<xla::ffi::AnyBuffer>(first + index);
-      if (!buffer.has_value()) {
-        error = std::string("no argument for the ") + name + " of the weight";
-      } else if (buffer->element_type() != dtype || static_cast<int64_t>(buffer->size_bytes()) != bytes) {
-        error = std::string("the ") + name + " of the weight must be " + std::to_string(bytes) + " bytes";
-      } else {
-        return buffer->untyped_data();
-      }
-      return nullptr;
+      const void* data = arguments.data(first + index, dtype, bytes);
+      if (data == nullptr) error = std::string("the ") + name + " of the weight must be " + std::to_string(bytes) + " bytes";
+      return data;
     };
     matrix.values = static_cast<const uint8_t*>(take(0, "values", kValues[kind_], panels_ * matrix.panel_bytes()));
     const int64_t scales = panels_ * matrix.groups() * kLanes;

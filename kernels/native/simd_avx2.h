@@ -109,6 +109,23 @@ struct Simd {
     };
     return {pair(a, b), pair(c, d)};
   }
+  // Lane i of the result is the sum of all lanes of vectors[i], of 16.
+  static F sum_each(const F* vectors) {
+    const auto eight = [](const F* v) {
+      const auto four = [v](int i) {
+        const auto both = [v](int j) { return _mm256_add_ps(v[j].low, v[j].high); };
+        return _mm256_hadd_ps(_mm256_hadd_ps(both(i), both(i + 1)), _mm256_hadd_ps(both(i + 2), both(i + 3)));
+      };
+      const __m256 a = four(0), b = four(4);
+      return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    };
+    return {eight(vectors), eight(vectors + 8)};
+  }
+  static F largest_each(const F* vectors) {  // likewise
+    float all[16];
+    for (int i = 0; i < 16; ++i) all[i] = largest(vectors[i]);
+    return load(all);
+  }
   static F lane_numbers() {
     return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_ps(8, 9, 10, 11, 12, 13, 14, 15)};
   }

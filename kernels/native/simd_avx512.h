@@ -87,6 +87,9 @@ struct Simd {
     const auto pairs = [](F x, F y) { return add(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD)); };
     return pairs(pairs(a, b), pairs(c, d));
   }
+  // Lane i of the result is the sum, or the largest, of all lanes of vectors[i], of 16.
+  static F sum_each(const F* vectors) { return each(vectors, add); }
+  static F largest_each(const F* vectors) { return each(vectors, max); }
   static F lane_numbers() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
   // Bit i says whether lane i of a is at least b's; or not a number.
   static uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
@@ -210,6 +213,20 @@ struct Simd {
   }
 
  private:
+  // One lane for every 16 vectors, joined pair by pair.
+  template <typename Join>
+  static F each(const F* vectors, Join join) {
+    const auto pairs = [join](F a, F b) {  // of the lanes of a, then of b
+      const I even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      return join(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, _mm512_add_epi32(even, int_all(1)), b));
+    };
+    F joined[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) joined[i] = pairs(vectors[2 * i], vectors[2 * i + 1]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) joined[i] = pairs(joined[2 * i], joined[2 * i + 1]);
+    return pairs(pairs(joined[0], joined[1]), pairs(joined[2], joined[3]));
+  }
   static __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
   static __m256i load_256(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
   static void store_256(void* to, __m256i a) { _mm256_storeu_si256(static_cast<__m256i*>(to), a); }

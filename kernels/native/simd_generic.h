@@ -125,6 +125,17 @@ struct Simd {
     const auto sum = [](const F& x) { return x.part[0] + x.part[1] + (x.part[2] + x.part[3]); };
     return {{sum(a), sum(b), sum(c), sum(d)}};
   }
+  // Lane i of the result is the sum of all lanes of vectors[i], of 16.
+  static F sum_each(const F* vectors) {
+    F a;
+    for (int i = 0; i < 16; ++i) a.part[i / 4][i % 4] = sum(vectors[i]);
+    return a;
+  }
+  static F largest_each(const F* vectors) {  // likewise
+    F a;
+    for (int i = 0; i < 16; ++i) a.part[i / 4][i % 4] = largest(vectors[i]);
+    return a;
+  }
   static F lane_numbers() {
     return each([](int i) { return Floats{0, 1, 2, 3} + static_cast<float>(4 * i); });
   }

@@ -1,7 +1,7 @@
 """Sampling: from logits to the most likely token, to a drawn one, or to log-probabilities."""
 
 from distaff.kernels.sampling.operation import draw_tokens, greedy_tokens, serving, token_logprobs
-from distaff.kernels.sampling.rows import INVALID_TOKEN, SamplingRows, TokenLogprobs, is_healthy
+from distaff.kernels.sampling.rows import INVALID_TOKEN, SamplingRows, TokenLogprobs, is_healthy, sampling_shapes
 
 __all__ = [
     "INVALID_TOKEN",
@@ -10,6 +10,7 @@ __all__ = [
     "draw_tokens",
     "greedy_tokens",
     "is_healthy",
+    "sampling_shapes",
     "serving",
     "token_logprobs",
 ]

@@ -22,6 +22,11 @@ class SamplingRows(NamedTuple):
     ints: jax.Array
 
 
+def sampling_shapes(samples: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The shapes and dtypes of the parameters of ``samples`` rows, in the order of `SamplingRows`' fields."""
+    return jax.ShapeDtypeStruct((samples, 7), jnp.float32), jax.ShapeDtypeStruct((samples, 4), jnp.int32)
+
+
 class TokenLogprobs(NamedTuple):
     """Log-probabilities under the model's own distribution (raw logits), for one position a row."""
 

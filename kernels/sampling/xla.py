@@ -33,6 +33,11 @@ def greedy_tokens(logits: jax.Array) -> jax.Array:
 def draw_tokens(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     """Tokens drawn with temperature, min-p, top-k and top-p, int32 [S]; greedy where the temperature is 0."""
     greedy = greedy_tokens(logits)
+    tokens: jax.Array = lax.cond((rows.floats[:, 0] > 0).any(), _drawn, lambda *_: greedy, logits, rows, greedy)
+    return tokens
+
+
+def _drawn(logits: jax.Array, rows: SamplingRows, greedy: jax.Array) -> jax.Array:
     sharpness, top_p, log_min_p = (rows.floats[:, i] for i in range(3))
     top_k, uniform = rows.ints[:, 2], rows.floats[:, 6]
 

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from distaff.compiler.artifact import ArtifactError, CacheSpec, Manifest, ProgramSpec, TensorSpec
+from distaff.compiler.artifact import FORMAT_VERSION, ArtifactError, CacheSpec, Manifest, ProgramSpec, TensorSpec
 
 
 def manifest(**changes) -> Manifest:
@@ -80,7 +80,7 @@ def edited(**changes) -> str:
         ("{", "is not JSON"),
         ("[]", "no format_version"),
         ("{}", "no format_version"),
-        (edited(format_version=99), "99 and this distaff reads 1"),
+        (edited(format_version=99), f"99 and this distaff reads {FORMAT_VERSION}"),
         (edited(programs=[]), "lists no programs"),
         (edited(color="red"), "color"),
         (edited(page_size=0), "page_size 0"),

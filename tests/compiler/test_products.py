@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 
 from distaff.compiler.ir import ATTENTION, EMBED, MATMUL
+from distaff.compiler.lowering import joined
+from distaff.compiler.lowering.joined import Joined, ProgramWeights
 from distaff.compiler.passes import cleanup
 from distaff.compiler.passes.pack import WeightFormats
 from distaff.compiler.pipeline import derive, derive_serve_step
 from distaff.kernels import native, survey
 from distaff.kernels.matmul import WeightFormat
 from distaff.kernels.matmul import formats as matmul_formats
+from distaff.kernels.matmul.pieces import as_array
 
 
 def formats(matrices, tables=None):
@@ -50,6 +53,27 @@ def test_a_decoder_becomes_four_products_a_layer():
     assert [(r.kind, r.size) for r in rotaries] == [("half", zoo.HEAD)] * zoo.LAYERS
     left = {n.op for n in nodes} - {MATMUL, EMBED, ATTENTION}
     assert not left & {"dot_general", "rsqrt", "logistic", "cos", "concatenate"}
+
+
+@pytest.mark.parametrize("serving", ["paged", "row-program"])
+def test_products_read_their_weights_from_one_buffer(serving, monkeypatch):
+    model = zoo.decoder(zoo.causal_where if serving == "paged" else zoo.every_other)
+    options = {"max_model_len": 64, "page_size": 4, "weight_formats": formats("int8", "bf16")}
+    step = derive_serve_step(model, zoo.parameters(3), **options)
+    weights = ProgramWeights(step, "cpu")
+    if not native.available():
+        assert list(weights.arrays) == list(step.weights)
+        return
+    buffers = [name for name, array in weights.arrays.items() if isinstance(array, Joined)]
+    assert len(buffers) == 1 and len(weights.arrays) < 6 < len(step.of_products)
+    operands = weights.of_step([jnp.asarray(np.asarray(array)) for array in weights.arrays.values()])
+    for operand, array in zip(operands, step.weights.values(), strict=True):
+        np.testing.assert_array_equal(as_array(operand), array)
+    assert list(ProgramWeights(step, "tpu").arrays) == list(step.weights)
+    monkeypatch.setattr(joined, "MAX_BUFFER_BYTES", 4000)
+    several = ProgramWeights(step, "cpu").arrays.values()
+    assert sum(isinstance(array, Joined) for array in several) > 1
+    assert max(array.nbytes for array in several) <= 4032
 
 
 VARIANTS = {

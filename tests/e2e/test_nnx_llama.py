@@ -6,10 +6,12 @@ import numpy as np
 import optax
 import pytest
 from fake_engine import byte_tokenizer
+from tiny_checkpoints import make_reference, save
 
 from distaff.compiler import compile_model
 from distaff.compiler.buckets import parse_buckets
 from distaff.frontend import nnx
+from distaff.frontend.loading import load_model
 from distaff.frontend.models import ModelConfig, build_model
 from distaff.frontend.models.nnx_llama import Llama
 from distaff.runtime import Engine, EngineConfig, SamplingParams
@@ -83,10 +85,26 @@ def test_a_trained_model_is_served_unchanged(tmp_path):
     assert losses[-1] < 0.7 * losses[0]
 
     graphdef, params = nnx.split(model)
+    prompts = [rng.integers(1, 256, n).tolist() for n in (3, 11, 7)]
+    served = serve(lambda params, tokens: nnx.merge(graphdef, params)(tokens), params, prompts, tmp_path / "artifact")
+    assert served == [greedy(model, prompt) for prompt in prompts]
+
+
+def test_a_checkpoint_is_served_as_its_module_says(tmp_path):
+    pytest.importorskip("transformers")
+    folder = save(make_reference("Llama", seed=3), tmp_path / "checkpoint")
+    loaded = load_model(folder, api="nnx", progress=False)
+    prompts = [[5, 7, 1], [9, 2, 2, 8, 4]]
+    served = serve(loaded.apply, loaded.params, prompts, tmp_path / "artifact")
+    assert served == [greedy(loaded.module, prompt) for prompt in prompts]
+
+
+def serve(fn, params, prompts, artifact):
+    """What the runtime generates for each prompt: 12 tokens, greedily."""
     compile_model(
-        lambda params, tokens: nnx.merge(graphdef, params)(tokens),
+        fn,
         params,
-        output=tmp_path / "artifact",
+        output=artifact,
         max_model_len=64,
         name="nnx",
         architecture="llama",
@@ -94,8 +112,7 @@ def test_a_trained_model_is_served_unchanged(tmp_path):
         buckets=parse_buckets("decode=4 mixed=32x4"),
         eos_token_ids=(0,),
     )
-    engine = Engine(tmp_path / "artifact", EngineConfig(num_pages=64, warm_up=False), tokenizer=byte_tokenizer())
-    prompts = [rng.integers(1, 256, n).tolist() for n in (3, 11, 7)]
+    engine = Engine(artifact, EngineConfig(num_pages=64, warm_up=False), tokenizer=byte_tokenizer())
     for i, prompt in enumerate(prompts):
         engine.add_request(str(i), prompt, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True))
     served = {}
@@ -103,10 +120,18 @@ def test_a_trained_model_is_served_unchanged(tmp_path):
         for output in engine.step():
             if output.finished:
                 served[int(output.request_id)] = list(output.outputs[0].token_ids)
-    forward = nnx.jit(lambda model, tokens: model(tokens))
-    for i, prompt in enumerate(prompts):
-        tokens = list(prompt)
-        for _ in range(12):  # padded behind, which a causal model does not see
-            padded = np.array([tokens + [0] * (24 - len(tokens))], np.int32)
-            tokens.append(int(jnp.argmax(forward(model, padded)[0, len(tokens) - 1])))
-        assert served[i] == tokens[len(prompt) :]
+    return [served[i] for i in range(len(prompts))]
+
+
+def greedy(model, prompt):
+    """12 tokens by the module's argmax. Padding stands behind, which a causal model does not see."""
+    tokens = list(prompt)
+    for _ in range(12):
+        padded = np.array([tokens + [0] * (24 - len(tokens))], np.int32)
+        tokens.append(int(jnp.argmax(forward(model, padded)[0, len(tokens) - 1])))
+    return tokens[len(prompt) :]
+
+
+@nnx.jit
+def forward(model, tokens):
+    return model(tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from distaff.frontend import core
 from distaff.frontend import linen as nn
 
 
@@ -80,6 +81,26 @@ def _moved(x: jax.Array) -> jax.Array:
 
 def _scalar(tree: Any) -> jax.Array:
     return sum(jnp.sum(jnp.sin(jnp.real(x).astype(jnp.float32))) for x in jax.tree.leaves(tree))
+
+
+# What programs with transforms are given.
+X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4)), jnp.float32)
+KEYS = {name: jax.random.key(i) for i, name in enumerate(("params", "dropout", "noise"))}
+
+
+def plain(tree: Any) -> Any:
+    """Frozen dicts as dicts: what Flax freezes is frozen there alone."""
+    return jax.tree.map(lambda x: x, core.unfreeze(tree)) if isinstance(tree, dict) else tree
+
+
+def assert_same_intermediates(build: Callable[[Any], Any], libraries: Iterable[Any]) -> None:
+    """What a program of either library captures of ``X``, without transforms around it, is the same."""
+    captured = []
+    for library in libraries:
+        module = build(library)
+        variables = module.init(KEYS, X)
+        captured.append(plain(module.apply(variables, X, rngs=KEYS, capture_intermediates=True)[1]))
+    assert_same_tree(*captured, rtol=1e-6)
 
 
 def assert_same_tree(ours: Any, theirs: Any, rtol: float = 0.0) -> None:

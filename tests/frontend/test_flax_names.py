@@ -1,5 +1,6 @@
 """What is public in Flax's functional half is there in ours, by the same path and with the same arguments."""
 
+import collections.abc
 import enum
 import importlib
 import inspect
@@ -7,6 +8,8 @@ import pkgutil
 import types
 import typing
 
+import jax
+import numpy as np
 import pytest
 
 MODULES = """
@@ -16,6 +19,7 @@ MODULES = """
     linen.partitioning linen.pooling linen.recurrent linen.spmd linen.stochastic linen.summary linen.transforms
     serialization struct training.checkpoints training.common_utils training.dynamic_scale training.early_stopping
     training.lr_schedule training.orbax_utils training.prefetch_iterator training.train_state traverse_util
+    typing version
 """.split()
 
 # Modules of Flax that are left out, and why.
@@ -27,8 +31,6 @@ ABSENT_MODULES = {
     "metrics": "TensorBoard, through TensorFlow: clu or tensorboardX write summaries",
     "testing": "Flax's own benchmarks",
     "traceback_util": "changes a private list of JAX; errors here name the user's line instead",
-    "typing": "names of types alone",
-    "version": "distaff's own is in its package metadata",
 }
 NNX = "reads or makes NNX modules: see distaff.frontend.nnx"
 INTERNAL = "a step of Flax's own code that its documentation does not name"
@@ -37,16 +39,13 @@ ABSENT = {
     "configurations": {
         "static_bool_env": "bool_flag reads the environment", "static_int_env": "int_flag reads the environment",
         "flax_filter_frames": "tracebacks are not filtered", "flax_use_flaxlib": NNX, "flax_array_ref": NNX,
-        "flax_pytree_module": NNX, "flax_max_repr_depth": NNX, "flax_always_shard_variable": NNX,
-        "flax_hijax_variable": NNX, "nnx_graph_mode": NNX, "nnx_graph_updates": NNX,
+        "flax_pytree_module": NNX, "flax_max_repr_depth": NNX,
     },
     "core.axes_scan": {"build_shaped_array": INTERNAL},
     "core.lift": dict.fromkeys(["CountsHolder", "TransformContext", "set_from_dict", "tree_map_rngs"], INTERNAL),
     "core.nn": dict.fromkeys(["dot_product_attention", "multi_head_dot_product_attention"], REPLACED),
-    "core.scope": dict.fromkeys(["apply", "bind", "init", "lazy_init"], "in core, of which Flax documents them")
-    | dict.fromkeys(["child_rng_token", "filter_to_set", "no_flag"], INTERNAL),
+    "core.scope": dict.fromkeys(["child_rng_token", "filter_to_set", "no_flag"], INTERNAL),
     "cursor": {"Indexable": INTERNAL},
-    "io": dict.fromkeys(["BackendMode", "io_mode", "override_mode", "set_mode"], "there is no TensorFlow backend"),
     "linen.batch_apply": dict.fromkeys(
         ["arbitrary_mergeable_leaf", "merge_leading_dims", "ndim_at_least", "split_leading_dim"], INTERNAL
     ),
@@ -67,6 +66,7 @@ ABSENT = {
         fork_rngs get_module_scopes lift_direct_transform lift_transform_cached module_class_lift_transform
         module_class_lift_transform_cached set_module_scopes
     """.split(), INTERNAL),
+    "typing": dict.fromkeys(["BaseConfigContext", "HashableMapping", "MISSING", "Missing", "PytreeDeque"], INTERNAL),
 }  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def test_public_names_of_flax(module):
     pytest.importorskip("flax")
     theirs, ours = (importlib.import_module(f"{root}.{module}") for root in ("flax", "distaff.frontend"))
     public = own_names(theirs)
-    assert public
+    assert public or module == "version"
     missing = {name for name in public if not hasattr(ours, name)}
     assert missing == set(ABSENT.get(module, {}))
 
@@ -137,6 +137,33 @@ def test_arguments_and_methods(module):
                     assert own == [argument for argument, _ in arguments(of_flax)], f"{name}.{method}"
             else:
                 assert name in OTHER_MEMBERS, f"{name}.{method}"
+
+
+def test_types_and_version():
+    flax_typing = pytest.importorskip("flax.typing")
+    ours = importlib.import_module("distaff.frontend.typing")
+    standard = {*vars(typing), *vars(collections.abc), *vars(importlib.import_module("builtins"))}
+    aliases = {
+        name
+        for name, value in vars(flax_typing).items()
+        if name[0].isupper() and name not in standard and not isinstance(value, typing.TypeVar)
+    } - set(ABSENT["typing"])
+    assert {name for name in aliases if not hasattr(ours, name)} == set()
+    shapes = {"a": np.ones((3, 4), np.int8), "b": [jax.ShapeDtypeStruct((2,), "bfloat16")]}
+    mine, other = ours.SizeBytes.from_any(shapes), flax_typing.SizeBytes.from_any(shapes)
+    assert repr(mine + mine) == repr(other + other) and (mine.size, mine.bytes) == (other.size, other.bytes) == (14, 16)
+    assert [ours.bytes_text(n) for n in (999, 1001, 23_160, 5_000_000, 2_000_000_000)] == [
+        "999 B", "1.0 KB", "23.2 KB", "5.0 MB", "2.0 GB",
+    ]  # fmt: skip
+    assert importlib.import_module("distaff.frontend").__version__ == importlib.import_module("flax").__version__
+
+
+def test_files_have_one_backend():
+    io = importlib.import_module("distaff.frontend.io")
+    with io.override_mode(io.BackendMode.DEFAULT):
+        assert io.io_mode is io.BackendMode.DEFAULT
+    with pytest.raises(NotImplementedError, match="Orbax"):
+        io.set_mode(io.BackendMode.TF)
 
 
 def test_reached_as_attributes_of_the_package():

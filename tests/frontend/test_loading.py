@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 from tiny_checkpoints import make_reference, random_tokens, reference_logits, relative_error, save
 
+from distaff.frontend import nnx
 from distaff.frontend.loading import (
     CheckpointFormatError,
     DownloadError,
@@ -86,6 +87,28 @@ def test_a_folder(tmp_path):
     )
     logits = loaded.apply(loaded.params, jnp.array([[3, 1, 4]]))
     np.testing.assert_array_equal(logits, loaded.module.apply({"params": loaded.params}, jnp.array([[3, 1, 4]])))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_module_of_nnx(tied, tmp_path):
+    weights = tensors(1) if tied else tensors(1) | {"lm_head.weight": tensors(2)["model.embed_tokens.weight"]}
+    folder = write(tmp_path / "tiny", weights, {**CONFIG, "tie_word_embeddings": tied})
+    loaded, linen = load(folder, api="nnx"), load(folder)
+    tokens = np.random.default_rng(0).integers(0, 20, (2, 9)).astype(np.int32)
+    expected = linen.apply(linen.params, tokens)
+    assert isinstance(loaded.module, nnx.Module) and loaded.fingerprint == linen.fingerprint
+    np.testing.assert_allclose(loaded.module(tokens), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(loaded.apply)(loaded.params, tokens), expected, rtol=1e-5, atol=1e-6)
+    other = jax.tree.map(lambda x: x * 0, loaded.params)
+    assert not np.any(loaded.apply(other, tokens))
+
+
+def test_a_module_of_nnx_that_is_not_offered_is_refused_before_weights_are_read(tmp_path):
+    config = {**CONFIG, "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "head_dim": 4}
+    with pytest.raises(UnsupportedArchitectureError, match="build_model"):
+        load(write(tmp_path / "tiny", config=config), api="nnx")
+    with pytest.raises(ValueError, match="flax"):
+        load(tmp_path / "nowhere", api="flax")
 
 
 @pytest.mark.parametrize("family, options", [("Llama", {}), ("Qwen3", dict(head_dim=8)), ("Gemma2", dict(head_dim=8))])

@@ -10,15 +10,7 @@ import pytest
 from distaff.frontend import core, errors, serialization, struct
 from distaff.frontend import linen as nn
 
-from .conftest import assert_same_tree
-
-X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4)), jnp.float32)
-KEYS = {name: jax.random.key(i) for i, name in enumerate(("params", "dropout", "noise"))}
-
-
-def plain(tree):
-    """Frozen dicts as dicts: what Flax freezes is frozen there alone."""
-    return jax.tree.map(lambda x: x, core.unfreeze(tree)) if isinstance(tree, dict) else tree
+from .conftest import KEYS, X, assert_same_tree
 
 
 def test_remat_recomputes_and_keeps_less():

@@ -5,22 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from distaff.frontend import core
 from distaff.frontend import linen as nn
 
-from .conftest import assert_same_tree
-
-X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4)), jnp.float32)
-KEYS = {name: jax.random.key(i) for i, name in enumerate(("params", "dropout", "noise"))}
-
-
-def plain(tree):
-    """Frozen dicts as dicts: what Flax freezes is frozen there alone."""
-    return jax.tree.map(lambda x: x, core.unfreeze(tree)) if isinstance(tree, dict) else tree
-
+from .conftest import KEYS, X, assert_same_intermediates
 
 # Programs: each takes a library's nn and returns a module of one argument.
 
@@ -282,9 +271,4 @@ def test_state_is_the_same_as_under_flax(same_as_flax, program):
 
 @pytest.mark.parametrize("program", [jit_of_setup_modules])
 def test_intermediates_under_transforms_are_the_same_as_under_flax(flax_nn, program):
-    captured = []
-    for library in (nn, flax_nn):
-        module = program(library)
-        variables = module.init(KEYS, X)
-        captured.append(module.apply(variables, X, rngs=KEYS, capture_intermediates=True)[1])
-    assert_same_tree(*map(plain, captured), rtol=1e-6)
+    assert_same_intermediates(program, (nn, flax_nn))

@@ -17,6 +17,7 @@ from distaff.kernels import native
 from distaff.kernels.matmul import (
     MatmulSpec,
     PanelFormat,
+    Piece,
     WeightFormat,
     call_attributes,
     embed_rows,
@@ -228,6 +229,41 @@ def test_matrices_side_by_side_have_results_of_their_own(platform, tokens):
         np.testing.assert_allclose(result, x @ part + bias[start : start + part.shape[1]], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("platform", [pytest.param("cpu", marks=NATIVE), "tpu"])
+@pytest.mark.parametrize("weight_format", ["f32", "bf16", "int8-channel", "q4_1"])
+def test_operands_may_be_pieces_of_a_buffer(platform, weight_format):
+    call = Call(weight_format, 5, 40, 20, norm=True, bias=True)
+    wanted = call.run(platform=platform)
+    packed = call.packed
+    arrays = [*packed.arrays, call.arrays["norm_weight"], call.arrays["bias"]]
+    offsets = np.cumsum([64, *(-(-a.nbytes // 64) * 64 for a in arrays)])
+    buffer = np.full(offsets[-1], 77, np.uint8)
+    for array, offset in zip(arrays, offsets, strict=False):
+        buffer[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    pieces = [
+        Piece(jnp.asarray(buffer), int(offset), array.shape, array.dtype)
+        for array, offset in zip(arrays, offsets, strict=False)
+    ]
+    *weight, call.arrays["norm_weight"], call.arrays["bias"] = pieces
+    call.packed = packed._replace(arrays=tuple(weight))
+    np.testing.assert_array_equal(call.run(platform=platform), wanted)
+    shape = {"format": call.weight_format, "rows": 40, "columns": 20, "platform": platform}
+    tokens = jnp.array([3, 19, 0], jnp.int32)
+    np.testing.assert_array_equal(embed_rows(weight, tokens, **shape), embed_rows(packed.arrays, tokens, **shape))
+
+
+@NATIVE
+@pytest.mark.parametrize("place", [-2, 32, 64, 1 << 62])
+def test_a_piece_lies_within_its_buffer_and_is_aligned(place):
+    call = Call("bf16", 2, 40, 20)
+    values = call.packed.arrays[0]
+    size = values.nbytes + (32 if place == 32 else 0)
+    piece = Piece(jnp.zeros(size, jnp.uint8), place, values.shape, values.dtype)
+    call.packed = call.packed._replace(arrays=(piece,))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="values of the weight must be"):
+        call.run()
+
+
 @NATIVE
 @pytest.mark.parametrize("live", [0, 1, 13, 40, 99])
 def test_rows_before_padding_are_those_of_a_call_without(live):
@@ -310,7 +346,7 @@ def test_calls_that_do_not_fit(change, message):
         ({"kind": np.int32(9)}, "unknown kind of weight"),
         ({"kind": np.int32(3)}, "such groups or offsets are not supported"),
         ({"columns": np.int64(40)}, "values of the weight must be 3840 bytes"),
-        ({"operands": np.int32(2)}, "no argument for bias"),
+        ({"operands": np.int32(2)}, "bias must be 20 float32"),
         ({"activation": np.int32(7)}, "unknown activation"),
     ],
 )
@@ -320,7 +356,7 @@ def test_the_target_itself_refuses_what_would_read_elsewhere(change, message):
     attributes = {
         "rows": np.int64(40), "columns": np.int64(20), "kind": np.int32(1), "group": np.int32(0), "offsets": False,
         "operands": np.int32(0), "epsilon": np.float32(0), "activation": np.int32(0), "gated": False,
-        "int8_activations": True,
+        "int8_activations": True, "places": np.full(1, -1),
     }  # fmt: skip
     target = jax.ffi.ffi_call("distaff_matmul", jax.ShapeDtypeStruct((2, 20), np.float32))
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):

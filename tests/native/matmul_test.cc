@@ -82,9 +82,9 @@ struct RandomCall {
     }
     using Kind = Activations::Kind;
     if (w.quantised()) {
-      call.activations.kind = below(random, 3) ? Kind::kInt8 : Kind::kFloat32;
+      call.x_as = below(random, 3) ? Kind::kInt8 : Kind::kFloat32;
     } else {
-      call.activations.kind = w.kind == WeightKind::kFloat32 ? Kind::kFloat32 : Kind::kBfloat16;
+      call.x_as = w.kind == WeightKind::kFloat32 ? Kind::kFloat32 : Kind::kBfloat16;
     }
     call.x = floats(x, call.m * w.rows);
     call.x_is_bf16 = below(random, 2);
@@ -134,8 +134,8 @@ struct RandomCall {
         most = std::max(most, std::abs(values[i]));
       }
       using Kind = Activations::Kind;
-      if (call.activations.kind == Kind::kInt8) error[k] = most / 253;
-      if (call.activations.kind == Kind::kBfloat16) error[k] = std::abs(values[k]) / 255;
+      if (call.x_as == Kind::kInt8) error[k] = most / 253;
+      if (call.x_as == Kind::kBfloat16) error[k] = std::abs(values[k]) / 255;
       error[k] += std::abs(values[k]) * 2e-5;  // float32 all along
     }
     return values;

@@ -28,9 +28,9 @@ def executables(tmp_path_factory):
 class SlowRunner(ToyRunner):
     """Takes some time for a step, as models do."""
 
-    def execute(self, program, batch):
+    def execute(self, program, batch, rows=None):
         time.sleep(0.002)
-        return super().execute(program, batch)
+        return super().execute(program, batch, rows)
 
 
 @pytest.fixture
@@ -191,11 +191,11 @@ async def test_death_reaches_everyone(serve):
 
 
 async def test_shutdown_drains_and_then_aborts(serve):
-    engine = await serve()
+    engine = await serve(artifact={"max_model_len": 1024})
     short = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
     tasks = [asyncio.create_task(collect(engine, [5, 6], p, str(i))) for i, p in enumerate([short, ENDLESS])]
     await asyncio.sleep(0.01)
-    stopping = asyncio.create_task(engine.shutdown(timeout=0.1))
+    stopping = asyncio.create_task(engine.shutdown(timeout=1.0))
     await asyncio.sleep(0.005)
     with pytest.raises(EngineDeadError, match="shut"):
         await collect(engine, [5], short, "late")

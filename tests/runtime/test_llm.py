@@ -9,11 +9,13 @@ import sys
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from toy_runner import ToyRunner, byte_backend, plain_generate, save_toy_artifact
+from toy_runner import ToyRunner, byte_backend, plain_generate, save_toy_artifact, toy_logits
 
 from distaff.compiler.artifact import TOKENIZER, ArtifactError
 from distaff.runtime import llm as llm_module
+from distaff.runtime.beam_search import BeamSearchParams
 from distaff.runtime.engine import Engine
 from distaff.runtime.errors import EngineConfigError, PromptError
 from distaff.runtime.llm import LLM, TextPrompt, TokensPrompt
@@ -182,3 +184,30 @@ def test_importing_the_package_imports_no_jax():
         from distaff import runtime
 
         _ = runtime.Nothing
+
+
+def test_beam_search_through_the_engine(artifact):
+    llm = LLM(artifact)
+    prompts = ["Hello", {"prompt": "Hi", "cache_salt": "s"}]
+    params = BeamSearchParams(beam_width=3, max_tokens=4)
+    outputs = llm.beam_search(prompts, params)
+    one_by_one = llm.beam_search(prompts, params, concurrency_limit=1, use_tqdm=True)
+    assert [[s.tokens for s in o.sequences] for o in one_by_one] == [[s.tokens for s in o.sequences] for o in outputs]
+    for prompt, output in zip(("Hello", "Hi"), outputs, strict=True):
+        ids = llm.get_tokenizer().encode(prompt)
+        best = output.sequences[0]
+        assert len(output.sequences) == 3 and best.text == llm.get_tokenizer().decode(best.tokens)
+        for sequence in output.sequences:
+            context, total = list(ids), 0.0
+            for token in sequence.tokens[len(ids) :]:
+                logits = toy_logits(context).astype(np.float64)
+                total += logits[token] - np.log(np.exp(logits).sum())
+                context.append(token)
+            assert sequence.cum_logprob == pytest.approx(total, abs=1e-4)
+    with pytest.raises(SamplingParamsError, match="beam_width 11 needs max_logprobs=22"):
+        llm.beam_search("Hello", BeamSearchParams(beam_width=11, max_tokens=4))
+    with pytest.raises(PromptError, match="max_tokens=60"):
+        llm.beam_search("Hello", BeamSearchParams(beam_width=2, max_tokens=60))
+    with pytest.raises(EngineConfigError, match="lora_request"):
+        llm.beam_search("Hello", params, lora_request=object())
+    llm.engine.check_idle()

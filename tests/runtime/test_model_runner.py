@@ -8,6 +8,7 @@ from tiny_step import one_request, plain, tiny_step, tiny_weights
 from distaff.compiler.artifact import ArtifactError, Manifest
 from distaff.compiler.buckets import parse_buckets
 from distaff.compiler.lowering.build import ModelInfo, build_artifact
+from distaff.kernels.sampling import SamplingRows, draw_tokens
 from distaff.runtime.executables import CompileForbiddenError
 from distaff.runtime.model_runner import ModelRunner, NoProgramError
 from distaff.runtime.platforms import MemoryTooSmallError, choose_num_pages, memory_limit
@@ -29,11 +30,11 @@ def artifact(tmp_path_factory):
 def generate_like(runner, manifest, prompt, decoded, table, row=0):
     """Logits of the last prompt token and of each decoded one."""
     program = runner.bucket(len(prompt), row + 1, 1)
-    logits = [np.asarray(runner.execute(program, one_request(manifest, program, prompt, 0, table, row)))[0]]
+    logits = [np.asarray(runner.execute(program, one_request(manifest, program, prompt, 0, table, row))[0])[0]]
     for index, token in enumerate(decoded):
         program = runner.bucket(1, 1, 1)
         batch = one_request(manifest, program, np.array([token]), len(prompt) + index, table)
-        logits.append(np.asarray(runner.execute(program, batch))[0])
+        logits.append(np.asarray(runner.execute(program, batch)[0])[0])
     return np.stack(logits)
 
 
@@ -82,7 +83,26 @@ def test_forbidden_compiles_raise_before_the_step(tmp_path):
     with pytest.raises(CompileForbiddenError, match="mixed-8x2"):
         runner.execute(program, batch)
     runner.warm_up()
-    assert runner.execute(program, batch).shape == (2, 32)
+    logits, tokens = runner.execute(program, batch)
+    assert logits.shape == (2, 32) and tokens.tolist() == np.argmax(logits, axis=1).tolist()
+    runner.close()
+
+
+def test_a_step_draws_tokens_as_its_rows_say(artifact):
+    folder, manifest = artifact
+    runner = ModelRunner(folder, manifest)
+    program = runner.bucket(3, 1, 1)
+    batch = one_request(manifest, program, np.array([1, 2, 3]), 0, [4])
+    rng = np.random.default_rng(0)
+    floats, ints = np.zeros((program.samples, 7), np.float32), np.zeros((program.samples, 4), np.int32)
+    seen = set()
+    for _ in range(20):
+        floats[0] = (0.05, 0.9, -np.inf, 0, 0, 1, rng.random())
+        rows = SamplingRows(floats, ints)
+        logits, tokens = runner.execute(program, batch, rows)
+        np.testing.assert_array_equal(tokens, draw_tokens(logits, rows))
+        seen.add(int(tokens[0]))
+    assert len(seen) > 5
     runner.close()
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from distaff.kernels.sampling import draw_tokens
 from distaff.runtime.executables import CompileForbiddenError, ExecutableCache, compilations
 from distaff.runtime.request import Request
 from distaff.runtime.sampling import Method, Sampler, method_of, uniform
@@ -33,7 +34,10 @@ def request(prompt=(1, 2), output=(), eos=(), **params):
 
 def sample(sampler, logits, rows, positions=None):
     positions = [0] * len(rows) if positions is None else positions
-    tokens = sampler.sample(jnp.asarray(logits), np.array(rows, np.int32), np.array(positions, np.int32))
+    logits = jnp.asarray(logits)
+    method, parameters = sampler.parameters(len(logits), np.array(rows, np.int32), np.array(positions, np.int32))
+    stateful = method == Method.STATEFUL
+    tokens = sampler.sample_with_state(logits, parameters) if stateful else draw_tokens(logits, parameters)
     return np.asarray(tokens)[: len(rows)].tolist()
 
 
@@ -125,17 +129,16 @@ def test_warm_up_leaves_nothing_to_compile(tmp_path):
     executables = ExecutableCache(tmp_path)
     executables.forbid_compiles = True
     with pytest.raises(CompileForbiddenError):
-        sample(Sampler(VOCAB, ROWS, 5, executables), np.zeros((2, VOCAB), np.float32), [0])
+        Sampler(VOCAB, ROWS, 5, executables).logprobs(jnp.zeros((2, VOCAB)), np.zeros(2, np.int32))
     Sampler(VOCAB, ROWS, 5, executables).warm_up([1, 2], [2, 8])
     assert executables.forbid_compiles
     fresh = Sampler(VOCAB, ROWS, 5, executables)
     fresh.warm_up([1, 2], [2, 8])
     inputs = {size: jnp.zeros((size, VOCAB)) for size in (1, 2, 8)}
     before = compilations()
-    for params in ({"temperature": 0.0}, {}, {"min_tokens": 1}):
-        for size in (1, 2):
-            fresh.admit(0, request(**params), seed=0)
-            sample(fresh, inputs[size], [0])
+    fresh.admit(0, request(min_tokens=1), seed=0)
+    for size in (1, 2):
+        sample(fresh, inputs[size], [0])
     for size, logits in inputs.items():
         fresh.logprobs(logits, np.zeros(size, np.int32))
     assert compilations() == before

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from distaff.runtime.sampling_params import RequestOutputKind, SamplingParams, SamplingParamsError
+from distaff.runtime.sampling_params import RequestOutputKind, SamplingParams, SamplingParamsError, SamplingType
 
 
 @pytest.mark.smoke
@@ -18,7 +18,7 @@ def test_defaults_are_those_of_vllm():
         True,
         True,
     )
-    assert p.stop == () and p.stop_token_ids == () and not p.include_stop_str_in_output
+    assert p.stop == [] and p.stop_token_ids == [] and not p.include_stop_str_in_output
     assert p.output_kind is RequestOutputKind.CUMULATIVE
 
 
@@ -31,14 +31,14 @@ def test_spellings_become_one():
         logit_bias={"7": 500, 8: -1},
         allowed_token_ids=[5, 5],
     )
-    assert p.stop == ("end",)
-    assert p.stop_token_ids == (3, 1)
+    assert p.stop == ["end"]
+    assert p.stop_token_ids == [3, 1]
     assert p.seed is None
     assert p.logprobs == 1 and p.logprobs is not True
     assert p.logit_bias == {7: 100.0, 8: -1.0}
-    assert p.allowed_token_ids == (5,)
-    assert SamplingParams(stop=None, stop_token_ids=None, bad_words=None).stop == ()
-    assert dataclasses.replace(p, n=2, seed=5).stop == p.clone().stop == ("end",)
+    assert p.allowed_token_ids == [5]
+    assert SamplingParams(stop=None, stop_token_ids=None, bad_words=None).stop == []
+    assert dataclasses.replace(p, n=2, seed=5).stop == p.clone().stop == ["end"]
 
 
 @pytest.mark.parametrize(
@@ -73,15 +73,32 @@ def test_contradictions_are_refused():
         SamplingParams(n=2, temperature=0)
     with pytest.raises(SamplingParamsError, match="detokenize"):
         SamplingParams(stop="x", detokenize=False)
-    with pytest.raises(SamplingParamsError, match="max_tokens 3"):
+    with pytest.raises(SamplingParamsError, match="max_tokens=3"):
         SamplingParams(min_tokens=4, max_tokens=3)
     assert SamplingParams(min_tokens=4, max_tokens=None).min_tokens == 4
 
 
-def test_greedy_below_a_hundred_thousandth():
-    assert SamplingParams(temperature=0).is_greedy
-    assert SamplingParams(temperature=9e-6).is_greedy
-    assert not SamplingParams(temperature=1e-5).is_greedy
+def test_low_temperatures_are_raised_unless_greedy():
+    assert SamplingParams(temperature=9e-6).temperature == SamplingParams(temperature=0.009).temperature == 0.01
+    greedy = SamplingParams(temperature=0, top_p=0.5, top_k=3, min_p=0.2, seed=1)
+    assert (greedy.top_p, greedy.top_k, greedy.min_p) == (1.0, 0, 0.0)
+    kinds = [greedy, SamplingParams(temperature=0.5), SamplingParams(seed=0)]
+    assert [p.sampling_type for p in kinds] == [SamplingType.GREEDY, SamplingType.RANDOM, SamplingType.RANDOM_SEED]
+
+
+def test_none_is_the_default_from_optional():
+    assert SamplingParams.from_optional(n=None, temperature=None, stop=None) == SamplingParams()
+    assert SamplingParams.from_optional(max_tokens=None, top_k=4) == SamplingParams(max_tokens=None, top_k=4)
+    with pytest.raises(SamplingParamsError, match="temperature must be in"):
+        SamplingParams.from_optional(temperature=3)
+
+
+def test_a_copy_shares_no_list():
+    given = SamplingParams(stop=["a"], stop_token_ids=[3])
+    copy = given.clone()
+    given.stop.append("b")
+    given.stop_token_ids.append(4)
+    assert (copy.stop, copy.stop_token_ids) == (["a"], [3]) and SamplingParams().stop == []
 
 
 def test_values_are_held_against_the_model():

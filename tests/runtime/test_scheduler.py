@@ -422,9 +422,37 @@ def test_b15_salted_requests_share_only_among_themselves():
 def test_b20_a_prompt_is_not_found_before_its_step_is_done():
     scheduler = make(caching=True)
     prompt = list(range(9))
-    a, b = add(scheduler, ask("a", prompt), ask("b", prompt))
-    assert step(scheduler) == [("a", 0, 9, True), ("b", 0, 9, True)]
+    a, b = add(scheduler, ask("a", prompt), ask("b", [*prompt[:4], *range(20, 32)]))
+    assert step(scheduler) == [("a", 0, 9, True), ("b", 0, 16, True)]
     assert not set(a.page_ids) & set(b.page_ids)
+
+
+def test_who_shares_most_of_a_prompt_waits_for_the_one_that_computes_it():
+    scheduler = make(caching=True, max_num_batched_tokens=12)
+    shared = list(range(16))
+    a, b = add(scheduler, ask("a", [*shared, 50]), ask("b", [*shared, 60, 61]))
+    add(scheduler, ask("c", 3))
+    assert step(scheduler) == [("a", 0, 12, False)]
+    # a's first pages are known now, but its fourth is most of what b would compute.
+    assert step(scheduler) == [("a", 12, 5, True), ("c", 0, 3, True)]
+    assert step(scheduler) == [("a", 17, 1, True), ("c", 3, 1, True), ("b", 16, 2, True)]
+    assert set(a.page_ids[:4]) == set(b.page_ids[:4])
+
+
+def test_nobody_waits_for_a_prompt_that_is_no_longer_computed():
+    scheduler = make(caching=True, max_num_batched_tokens=8)
+    add(scheduler, ask("a", range(20)), ask("b", range(20)))
+    assert step(scheduler) == [("a", 0, 8, False)]
+    scheduler.finish("a", ABORTED)
+    assert step(scheduler) == [("b", 8, 8, False)]
+
+
+def test_nobody_waits_for_someone_after_it():
+    scheduler = make(caching=True, max_num_batched_tokens=12, policy="priority")
+    add(scheduler, ask("a", range(20), priority=2))
+    assert step(scheduler) == [("a", 0, 12, False)]
+    add(scheduler, ask("b", range(20), priority=1))
+    assert step(scheduler) == [("a", 12, 8, True), ("b", 12, 4, False)]
 
 
 def test_output_is_cached_too():

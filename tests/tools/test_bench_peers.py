@@ -89,7 +89,7 @@ def test_requests_are_seeded_and_scaled():
 
 
 def test_peers_are_well_formed():
-    assert ENGINES == ("distaff", "distaff-xla", "transformers", "vllm", "llama_cpp")
+    assert ENGINES == ("distaff", "distaff-1GiB", "distaff-xla", "transformers", "vllm", "llama_cpp")
     assert len({peer.name for peer in PEERS}) == len(PEERS)
     for peer in PEERS:
         assert (peer_engines.DRIVERS / f"{peer.driver}.py").is_file()

@@ -90,7 +90,7 @@ def test_compiles_an_artifact_that_serves_the_model(tmp_path, loads):
     runner = ModelRunner(tmp_path / "a", manifest, forbid_compiles=True)
     tokens = np.array([5, 9, 33, 2, 60])
     program = runner.bucket(len(tokens), 1, 1)
-    logits = runner.execute(program, one_request(manifest, program, tokens, 0, [3, 1]))
+    logits, _ = runner.execute(program, one_request(manifest, program, tokens, 0, [3, 1]))
     np.testing.assert_allclose(logits[0], forward(parameters(), tokens[None])[0, -1], atol=1e-5)
     runner.close()
 

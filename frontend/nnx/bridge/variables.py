@@ -14,7 +14,7 @@ from distaff.frontend import struct
 from distaff.frontend.core import meta
 from distaff.frontend.core.meta import AxisMetadata, LogicalNames
 from distaff.frontend.nnx import spmd
-from distaff.frontend.nnx.variable_names import variable_name_from_type, variable_type_from_name
+from distaff.frontend.nnx.variable_kinds import variable_name_from_type, variable_type_from_name
 from distaff.frontend.nnx.variables import Variable
 from distaff.frontend.traverse_util import flatten_dict, unflatten_dict
 

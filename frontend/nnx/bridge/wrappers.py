@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 
@@ -11,6 +14,7 @@ from distaff.frontend import linen
 from distaff.frontend.core import FrozenDict
 from distaff.frontend.core.filters import CollectionFilter
 from distaff.frontend.linen.context import context
+from distaff.frontend.nnx.bridge.module import current_module
 from distaff.frontend.nnx.bridge.variables import (
     linen_vars_to_nnx_attrs,
     nnx_attrs_to_linen_vars,
@@ -18,21 +22,51 @@ from distaff.frontend.nnx.bridge.variables import (
     to_nnx_var,
 )
 from distaff.frontend.nnx.filters import Not
-from distaff.frontend.nnx.graph import merge, split, state
+from distaff.frontend.nnx.graph_functions import merge, split, state, update
+from distaff.frontend.nnx.graphdef import GraphDef
+from distaff.frontend.nnx.kinds import has_data
 from distaff.frontend.nnx.module import Module
 from distaff.frontend.nnx.pytrees import data
 from distaff.frontend.nnx.rngs import Rngs, RngState
 from distaff.frontend.nnx.state import State, to_flat_state
 from distaff.frontend.nnx.transforms.abstract import eval_shape
 from distaff.frontend.nnx.traversal import iter_graph
-from distaff.frontend.nnx.variable_names import variable_name_from_type
+from distaff.frontend.nnx.variable_kinds import variable_name_from_type
 from distaff.frontend.nnx.variables import Variable
 
 M = TypeVar("M", bound=Module)
 Method = Callable[..., Any] | str | None
 
 
-def _set_initializing(module: Any, initializing: bool) -> None:
+@dataclasses.dataclass
+class Functional(Generic[M]):
+    """A module to be used as in Haiku: ``init`` makes its state, ``apply(state)`` is the function of it."""
+
+    module_type: Callable[..., M]
+    graphdef: GraphDef[M] | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def init(self, *, rngs: Rngs | None = None) -> State:
+        """The state of a new module."""
+        named = {} if rngs is None else {"rngs": rngs}
+        self.graphdef, made = split(self.module_type(*self.args, **self.kwargs, **named))
+        return made  # type: ignore[no-any-return]
+
+    def apply(self, *states: Any) -> Any:
+        """As ``GraphDef.apply``: call the result, or methods of it, for ``(output, (graphdef, state))``."""
+        if self.graphdef is None:
+            raise ValueError(f"There is no {self.module_type} yet: call `init` before `apply`.")
+        return self.graphdef.apply(*states)
+
+
+def functional(cls: Callable[..., M]) -> Callable[..., Functional[M]]:
+    """A class of modules as a maker of ``Functional``, with the arguments of the class but for ``rngs``."""
+    return lambda *args, **kwargs: Functional(cls, None, args, kwargs)
+
+
+def set_initializing(module: Any, initializing: bool) -> None:
+    """Have the ``ToNNX`` modules in a module make their variables when they are called, or no longer."""
     for _, value in iter_graph(module, graph=True):
         if isinstance(value, ToNNX):
             vars(value)["to_nnx__initializing"] = initializing
@@ -50,11 +84,11 @@ def lazy_init(fn: Any, *args: Any, **kwargs: Any) -> Any:
     module = fn if isinstance(fn, Module) else getattr(fn, "__self__", None)
     if not isinstance(module, Module) or not callable(fn):
         raise ValueError(f"{fn} needs to be a module of NNX, or a method of one.")
-    _set_initializing(module, True)
+    set_initializing(module, True)
     try:
         fn(*args, **kwargs)
     finally:
-        _set_initializing(module, False)
+        set_initializing(module, False)
     return fn
 
 
@@ -92,7 +126,11 @@ class ToNNX(Module):
         attribute = getattr(type(self.module), name, None)
         if attribute is None or not callable(attribute):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return lambda *args, **kwargs: self(*args, **kwargs, method=attribute)
+        return _as_method(self, functools.partial(self, method=attribute))
+
+    def _setattr(self, name: str, value: Any) -> None:
+        contained = isinstance(value, dict) and has_data(value)  # the variables of a submodule
+        super()._setattr(name, data(value) if contained else value)
 
     def _variables(self) -> dict[str, Any]:
         attributes = {k: v for k, v in vars(self).items() if not k.startswith(("to_nnx__", "_pytree__"))}
@@ -112,7 +150,8 @@ class ToNNX(Module):
         Args:
             rngs: keys for this call (default: new ones of this object's streams).
             method: another method, or its name.
-            mutable: which collections the module may change.
+            mutable: which collections the module may change (default: those that the ``bridge.Module`` or the module
+                of Linen that runs may change; none outside of these).
         """
         keys = self._keys(rngs)
         if vars(self).get("to_nnx__initializing"):
@@ -120,7 +159,8 @@ class ToNNX(Module):
             names = None
         else:
             variables = self._variables()
-            if mutable is None or mutable is False:
+            mutable = _mutable_around() if mutable is None else mutable
+            if mutable is False:
                 return self.module.apply(variables, *args, rngs=keys, method=method, **kwargs)
             out, updates = self.module.apply(variables, *args, rngs=keys, method=method, mutable=mutable, **kwargs)
             names = variables
@@ -131,7 +171,7 @@ class ToNNX(Module):
         streams = self.rngs if rngs is None else rngs
         if isinstance(streams, Rngs):
             keys = {name: stream() for name, stream in streams.items()}
-            if vars(self).get("to_nnx__initializing") and "params" not in keys and "default" in keys:
+            if "params" not in keys and "default" in keys:
                 keys["params"] = keys.pop("default")
             return keys
         if isinstance(streams, Mapping):
@@ -142,9 +182,21 @@ class ToNNX(Module):
         for name, value in linen_vars_to_nnx_attrs(updates).items():
             current = vars(self).get(name)
             if known is None or current is None:
-                setattr(self, name, data(value) if isinstance(value, dict) else value)
+                setattr(self, name, value)
             else:
                 _merge_into(current, value)
+
+
+def _mutable_around() -> CollectionFilter:
+    """The collections that the module around a call may change."""
+    around = current_module() or current_linen_module()
+    return False if around is None or around.scope is None else around.scope.mutable
+
+
+def _as_method(module: Any, function: Any) -> Any:
+    """A function that looks like a method of a module."""
+    function.__self__ = module
+    return function
 
 
 def _merge_into(current: Any, new: Any) -> None:
@@ -208,6 +260,17 @@ class ToLinen(linen.Module):
             self._store(module)
         return out
 
+    def __getattr__(self, name: str) -> Any:
+        """An argument that the module is made with, or a method of it as one of this module."""
+        fields = self.__dict__
+        if not name.startswith("_") and "nnx_class" in fields:
+            if name in fields["kwargs"]:
+                return fields["kwargs"][name]
+            method = getattr(fields["nnx_class"], name, None)
+            if callable(method):
+                return _as_method(self, functools.partial(self, nnx_method=method))
+        return super().__getattr__(name)
+
     def _create(self, rngs: Rngs | None) -> Module:
         named = {} if self.skip_rng else {"rngs": rngs}
         return self.nnx_class(*self.args, **{**self.kwargs, **named})
@@ -221,16 +284,16 @@ class ToLinen(linen.Module):
         collections = (State(_as_variables(col, values)) for col, values in self.variables.items())
         held = dict(to_flat_state(State.merge(State({}), *collections)))
         wanted = dict(to_flat_state(others))
-        missing = sorted(".".join(map(str, path)) for path in wanted.keys() - held.keys())
-        if missing:
-            raise ValueError(f"The variables {missing} of {self.nnx_class} are not among those given to apply.")
+        if streams or wanted.keys() - held.keys():  # as in a module that was made with keys of this call
+            fresh = self._create(None if self.skip_rng else Rngs(**linen_rngs_dict(self, add_default=True)))
+            streams, initial = state(fresh, RngState, ...)
+            held = dict(to_flat_state(initial)) | held
         restored = State.from_flat_path({path: _typed(x, held.pop(path)) for path, x in wanted.items()})
-        if streams:  # as they are after a module was made with keys of this call
-            streams = state(self._create(Rngs(**linen_rngs_dict(self, add_default=True))), RngState)
         module: Module = merge(definition, restored, streams)
-        for path, variable in held.items():  # such as what was sown
-            if len(path) == 1:
-                setattr(module, path[0], variable)
+        if held:  # such as what was sown
+            unknown = ", ".join(sorted("/".join(map(str, path)) for path in held))
+            warnings.warn(f"Found unknown module paths in incoming state: {unknown}", stacklevel=2)
+            update(module, State.from_flat_path(held))
         return module
 
     def _store(self, module: Module) -> None:
@@ -316,12 +379,40 @@ def to_linen_class(
     base_metadata_fn: Callable[[Variable[Any]], Any] | None = to_linen_var,
     base_skip_rng: bool = False,
     **partial_kwargs: Any,
-) -> Callable[..., ToLinen]:
-    """A maker of ``ToLinen`` modules of one class: ``(*args, name=None, **kwargs)``, with some arguments given."""
+) -> type[ToLinen]:
+    """A class of modules of Linen that hold a module of one class of NNX.
 
-    def make(*args: Any, name: str | None = None, **kwargs: Any) -> ToLinen:
-        given = {**partial_kwargs, **kwargs}
-        return to_linen(base_nnx_class, *args, metadata_fn=base_metadata_fn, skip_rng=base_skip_rng, name=name, **given)
+    Its arguments are those of ``ToLinen`` (by which the class may be replaced) and, by name, those of the class.
 
-    make.__name__ = f"{base_nnx_class.__name__}ToLinen"
-    return make
+    >>> Linear = to_linen_class(nnx.Linear, use_bias=False)
+    >>> model = Linear(in_features=3, out_features=5)
+    """
+
+    def __init__(
+        self: ToLinen,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        nnx_class: Callable[..., Module] | None = None,
+        skip_rng: bool | None = None,
+        metadata_fn: Callable[[Variable[Any]], Any] | None = None,
+        **named: Any,
+    ) -> None:
+        of_linen = {name: named.pop(name) for name in ("name", "parent") if name in named}
+        ToLinen.__init__(
+            self,
+            nnx_class or base_nnx_class,
+            args,
+            FrozenDict({**partial_kwargs, **(kwargs or {}), **named}),
+            skip_rng or base_skip_rng,
+            metadata_fn or base_metadata_fn,
+            **of_linen,
+        )
+
+    class ToLinenPartial(ToLinen):
+        def __init_subclass__(cls, **options: Any) -> None:
+            super().__init_subclass__(**options)
+            cls.__init__ = __init__  # type: ignore[method-assign,assignment]
+
+    ToLinenPartial.__init__ = __init__  # type: ignore[method-assign,assignment]
+    ToLinenPartial.__name__ = f"{base_nnx_class.__name__}ToLinen"
+    return ToLinenPartial

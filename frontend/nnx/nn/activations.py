@@ -10,7 +10,7 @@ from distaff.frontend.layers.fields import PromoteDtype
 from distaff.frontend.nnx.module import Module
 from distaff.frontend.nnx.nn.dtypes import Array, Dtype, promote_dtype
 from distaff.frontend.nnx.nn.fields import NO_METADATA, Metadata
-from distaff.frontend.nnx.variables import Param
+from distaff.frontend.nnx.variable_kinds import Param
 
 
 class PReLU(Module):

@@ -34,7 +34,7 @@ from distaff.frontend.nnx.nn.linear import LinearGeneral
 from distaff.frontend.nnx.nn.normalization import LayerNorm
 from distaff.frontend.nnx.pytrees import data
 from distaff.frontend.nnx.rngs import Rngs, RngStream
-from distaff.frontend.nnx.variables import Cache, Intermediate
+from distaff.frontend.nnx.variable_kinds import Cache, Intermediate
 
 
 def _check_heads(query: Array, key: Array, value: Array | None = None) -> None:
@@ -42,7 +42,7 @@ def _check_heads(query: Array, key: Array, value: Array | None = None) -> None:
     check(all(x.ndim == query.ndim for x in given), "q, k, v must have same rank", *given)
     check(all(x.shape[:-3] == query.shape[:-3] for x in given), "q, k, v batch dims must match", *given)
     check(query.shape[-1] == key.shape[-1], "q, k depths must match", query, key)
-    check(query.shape[-2] % key.shape[-2] == 0, "Query heads must be multiple of Key heads", query, key)
+    check(query.shape[-2] % key.shape[-2] == 0, "Query heads must be a multiple of key heads", query, key)
     if value is not None:
         check(key.shape[-3] == value.shape[-3], "k, v lengths must match", key, value)
         check(query.shape[-2] % value.shape[-2] == 0, "Query heads must be multiple of Value heads", query, value)

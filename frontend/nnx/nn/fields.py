@@ -11,7 +11,7 @@ from distaff.frontend.layers.dtypes import Array, Dtype
 from distaff.frontend.layers.fields import Initializer
 from distaff.frontend.nnx.pytrees import data
 from distaff.frontend.nnx.rngs import Rngs
-from distaff.frontend.nnx.variables import Param
+from distaff.frontend.nnx.variable_kinds import Param
 
 A = TypeVar("A")
 # Metadata of a parameter: names and values, as for ``nnx.Variable``.

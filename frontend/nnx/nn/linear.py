@@ -54,7 +54,7 @@ from distaff.frontend.nnx.nn.fields import (
     value_of,
 )
 from distaff.frontend.nnx.rngs import Rngs
-from distaff.frontend.nnx.variables import VariableMetadata
+from distaff.frontend.nnx.variable_metadata import VariableMetadata
 
 default_bias_init = zeros
 default_embed_init = variance_scaling(1.0, "fan_in", "normal", out_axis=0)
@@ -215,8 +215,8 @@ class Einsum(Module):
     def __init__(
         self,
         einsum_str: str,
-        kernel_shape: Sequence[int],
-        bias_shape: Sequence[int] | None = None,
+        kernel_shape: int | Sequence[int],
+        bias_shape: int | Sequence[int] | None = None,
         *,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -243,8 +243,8 @@ class Einsum(Module):
             ValueError: the equation does not have the form "…,…->…".
         """
         self.einsum_str = check_equation(einsum_str)
-        self.kernel = parameter(rngs, kernel_init, tuple(kernel_shape), param_dtype, kernel_metadata)
-        has_bias, shape = bias_shape is not None, tuple(bias_shape or ())
+        self.kernel = parameter(rngs, kernel_init, as_tuple(kernel_shape), param_dtype, kernel_metadata)
+        has_bias, shape = bias_shape is not None, as_tuple(() if bias_shape is None else bias_shape)
         self.bias = optional_parameter(has_bias, rngs, bias_init, shape, param_dtype, bias_metadata)
         self.kernel_shape = kernel_shape
         self.bias_shape = bias_shape

@@ -13,7 +13,8 @@ from distaff.frontend.nnx.nn.dtypes import Array, Dtype, promote_dtype
 from distaff.frontend.nnx.nn.fields import NO_METADATA, Metadata
 from distaff.frontend.nnx.nn.linear import Linear
 from distaff.frontend.nnx.rngs import Rngs
-from distaff.frontend.nnx.variables import Param, Variable
+from distaff.frontend.nnx.variable_kinds import Param
+from distaff.frontend.nnx.variables import Variable
 
 A = TypeVar("A")
 

@@ -40,7 +40,7 @@ from distaff.frontend.nnx.nn.fields import NO_METADATA, Metadata, first_from, mi
 from distaff.frontend.nnx.nn.weight_norms import SpectralNorm as SpectralNorm
 from distaff.frontend.nnx.nn.weight_norms import WeightNorm as WeightNorm
 from distaff.frontend.nnx.rngs import Rngs
-from distaff.frontend.nnx.variables import BatchStat
+from distaff.frontend.nnx.variable_kinds import BatchStat
 
 
 class _Norm(Module):

@@ -76,7 +76,8 @@ class Dropout(Module):
             return inputs
         if self.rate == 1.0:  # 1 / (1 - rate) would make gradients NaN
             return jnp.zeros_like(inputs)
-        key = self._key(first_from(rngs, self.rngs, error_msg=missing(self, "rngs")))
+        no_rngs = "`deterministic` is False, but no" + missing(self, "rngs").removeprefix("No")
+        key = self._key(first_from(rngs, self.rngs, error_msg=no_rngs))
         return dropout(key, inputs, self.rate, self.broadcast_dims, jax.typeof(inputs).sharding)
 
     def _key(self, rngs: Any) -> jax.Array:

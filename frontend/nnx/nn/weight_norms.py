@@ -15,13 +15,14 @@ from distaff.frontend.layers.fields import Axes, Initializer, PromoteDtype, axes
 from distaff.frontend.layers.initializers import normal, ones
 from distaff.frontend.layers.weight_norms import spectrally_normalized, weight_normalized
 from distaff.frontend.nnx.filters import Filter, PathContains, PathParts, to_predicate
-from distaff.frontend.nnx.graph import state
+from distaff.frontend.nnx.graph_functions import state
 from distaff.frontend.nnx.module import Module
 from distaff.frontend.nnx.nn.dtypes import Array, Dtype, canonicalize_dtype, promote_dtype
 from distaff.frontend.nnx.pytrees import data
 from distaff.frontend.nnx.rngs import Rngs
 from distaff.frontend.nnx.state import to_flat_state
-from distaff.frontend.nnx.variables import BatchStat, Param, Variable
+from distaff.frontend.nnx.variable_kinds import BatchStat, Param
+from distaff.frontend.nnx.variables import Variable
 
 
 def _parameters(layer: Any) -> Iterator[tuple[PathParts, Variable[Array]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from distaff.frontend.nnx.filters import Filter
-from distaff.frontend.nnx.graph import clone, merge, split, state
+from distaff.frontend.nnx.graph_functions import clone, merge, split, state
 from distaff.frontend.nnx.pytrees import Pytree, data
 from distaff.frontend.nnx.state import to_flat_state
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from distaff.frontend import struct
 from distaff.frontend.nnx.filters import Filter
-from distaff.frontend.nnx.graph import split
+from distaff.frontend.nnx.graph_functions import split
 from distaff.frontend.nnx.pytrees import Pytree
 from distaff.frontend.nnx.variables import Variable
 
@@ -38,9 +38,11 @@ class Metric(Pytree):
         return split(self, *filters)
 
 
-def _argument(name: str, kwargs: dict[str, Any]) -> jax.Array:
+def _argument(name: str, kwargs: dict[str, Any], mask: jax.Array | None) -> jax.Array:
     if name not in kwargs:
         raise TypeError(f"Expected keyword argument {name!r}, got {sorted(kwargs)}.")
+    if mask is not None and isinstance(kwargs[name], int | float):
+        raise ValueError(f"With a mask, {name} should be a jax array, got {kwargs[name]!r}.")
     return jnp.asarray(kwargs[name])
 
 
@@ -76,8 +78,12 @@ class Average(Metric):
 
         Args:
             mask: which of them count; broadcast to their shape.
+
+        Raises:
+            TypeError: there is no such argument.
+            ValueError: there is a mask, but the value is a Python number.
         """
-        self._add(_argument(self.argname, kwargs), mask)
+        self._add(_argument(self.argname, kwargs, mask), mask)
 
     def _add(self, values: jax.Array, mask: jax.Array | None) -> None:
         weights, count = _weights(values, mask)
@@ -116,7 +122,7 @@ class Welford(Metric):
 
     def update(self, mask: jax.Array | None = None, **kwargs: Any) -> None:
         """Add the values of the argument ``argname``, or those of them that ``mask`` lets pass."""
-        values = _argument(self.argname, kwargs).astype(jnp.float32)
+        values = _argument(self.argname, kwargs, mask).astype(jnp.float32)
         weights, count = _weights(values, mask)
         mean = (values * weights).sum() / jnp.maximum(count, 1)
         m2 = (weights * (values - mean) ** 2).sum()
@@ -141,8 +147,8 @@ class Accuracy(Average):
         """Compare the largest of the logits of each class, or with ``threshold`` one logit a label, with the labels."""
         if threshold is not None and not isinstance(threshold, float):
             raise TypeError(f"Expected threshold to be a float, got {type(threshold)}.")
-        super().__init__(*args, **kwargs)
         self.threshold = threshold
+        super().__init__(*args, **kwargs)
 
     def update(  # type: ignore[override]
         self, *, logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None, **_: Any

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from distaff.frontend.nnx.filters import Filter
 from distaff.frontend.nnx.functional import as_pure
-from distaff.frontend.nnx.graph import state, update
+from distaff.frontend.nnx.graph_functions import state, update
 from distaff.frontend.nnx.pytrees import Pytree, data
-from distaff.frontend.nnx.variables import Param, Variable
+from distaff.frontend.nnx.variable_kinds import Param
+from distaff.frontend.nnx.variables import Variable
 
 M = TypeVar("M")
 
@@ -36,11 +37,24 @@ def _is_variable(x: Any) -> bool:
     return isinstance(x, Variable)
 
 
+def _with_plain_value(x: Any) -> Any:
+    """A variable that stores its value itself, whatever its metadata says of ``hijax``, for functions of arrays."""
+    return x._of(x.get_raw_value(), x._var_metadata) if _is_variable(x) else x
+
+
 def to_opt_state(tree: Any) -> Any:
-    """The tree with its variables as ``OptVariable`` and its other arrays as ``OptArray``."""
+    """The tree with its variables as ``OptVariable`` and its other arrays as ``OptArray``.
+
+    A variable's metadata ``optimizer_sharding`` becomes the ``out_sharding`` of the state that belongs to it.
+    """
 
     def convert(x: Any) -> OptState:
-        return OptVariable(x.get_value(), **x.get_metadata()) if _is_variable(x) else OptArray(x)
+        if not _is_variable(x):
+            return OptArray(x)
+        metadata = x.get_metadata()
+        if "optimizer_sharding" in metadata:
+            metadata["out_sharding"] = metadata.pop("optimizer_sharding")
+        return OptVariable(x.get_value(), **metadata)
 
     return jax.tree.map(convert, tree, is_leaf=_is_variable)
 
@@ -82,7 +96,8 @@ class Optimizer(Pytree, Generic[M]):
         self.graph = graph
         self.step = OptState(jnp.array(0, jnp.uint32))
         self.tx = tx
-        self.opt_state = data(to_opt_state(tx.init(state(model, wrt, graph=graph))))
+        params = jax.tree.map(_with_plain_value, state(model, wrt, graph=graph), is_leaf=_is_variable)
+        self.opt_state = data(to_opt_state(tx.init(params)))
         self.wrt = wrt
 
     def __getattr__(self, name: str) -> Any:
@@ -98,7 +113,8 @@ class Optimizer(Pytree, Generic[M]):
 
         Args:
             grads: what ``nnx.grad`` returned; of it, what ``wrt`` selects.
-            kwargs: more arguments for ``tx.update``, for transformations that take them.
+            kwargs: more arguments for ``tx.update``, for transformations that take them, such as line searches; they
+                see arrays in place of variables.
 
         Returns:
             What was added to the variables.
@@ -119,7 +135,7 @@ class Optimizer(Pytree, Generic[M]):
         params = as_pure(state(model, self.wrt, graph=self.graph))
         grads = as_pure(state(grads, self.wrt, graph=self.graph))
         _check_same_paths(params, grads)
-        updates, opt_state = self.tx.update(grads, as_pure(self.opt_state), params, **kwargs)
+        updates, opt_state = self.tx.update(grads, as_pure(self.opt_state), params, **as_pure(kwargs))
         update(model, optax.apply_updates(params, updates))
         jax.tree.map(lambda var, value: var.set_value(value), self.opt_state, opt_state, is_leaf=_is_variable)
         self.step[...] += 1
@@ -138,10 +154,6 @@ def _check_same_paths(params: Any, grads: Any) -> None:
             f"{sorted(ours - theirs)}; with one, but not optimised: {sorted(theirs - ours)}. Take the gradient by the "
             "filter that the optimizer has as `wrt`: nnx.grad(fn, argnums=nnx.DiffState(0, wrt))."
         )
-
-
-def _paths(tree: Any) -> set[str]:
-    return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 class ModelAndOptimizer(Optimizer[M]):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from distaff.frontend import struct
 
+M = TypeVar("M")
 
-class TrainState(struct.PyTreeNode):
+
+class TrainState(struct.PyTreeNode, Generic[M]):
     """What a functional training step takes and returns. Subclass it to keep more states.
 
     >>> graphdef, params, rest = nnx.split(model, nnx.Param, ...)

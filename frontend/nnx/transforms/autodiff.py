@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distaff.frontend.nnx.extract import take
+from distaff.frontend.nnx.boundary import take
 from distaff.frontend.nnx.filters import Filter
-from distaff.frontend.nnx.graphdef import graph_mode
+from distaff.frontend.nnx.graphdef import NodeRef, graph_mode
 from distaff.frontend.nnx.kinds import Kind, kind_of
 from distaff.frontend.nnx.object_trees import is_object
 from distaff.frontend.nnx.prefix_mapping import PrefixMapping
@@ -20,7 +20,9 @@ from distaff.frontend.nnx.state import State, nest
 from distaff.frontend.nnx.structure import paths_of
 from distaff.frontend.nnx.transforms.compilation import check_not_bound, updates_mode
 from distaff.frontend.nnx.transforms.crossing import Entry, Exit
-from distaff.frontend.nnx.variables import Param, Variable
+from distaff.frontend.nnx.transforms.prefixes import check_prefix
+from distaff.frontend.nnx.variable_kinds import Param
+from distaff.frontend.nnx.variables import Variable
 
 _MISSING: Any = object()
 
@@ -46,7 +48,6 @@ class _Differentiated:
 
     Raises:
         TypeError: there are not as many arguments.
-        ValueError: a ``DiffState`` without graph updates.
     """
 
     def __init__(self, transform: str, argnums: Argnum | Sequence[Argnum], count: int, updates: bool) -> None:
@@ -59,14 +60,6 @@ class _Differentiated:
                 raise TypeError(
                     f"nnx.{transform}: differentiating with respect to argnums={number} requires at least "
                     f"{number + 1 if number >= 0 else -number} positional arguments, but got only {count}."
-                )
-            if isinstance(entry, DiffState) and not updates:
-                raise ValueError(
-                    f"`argnums` of nnx.{transform} cannot contain DiffState when graph=False or "
-                    "graph_updates=False: then "
-                    "the derivative is by all arrays of the argument. Split the object and differentiate by one "
-                    "part, or "
-                    "pass graph=True and graph_updates=True."
                 )
             self.filters[number % count] = entry.filter if isinstance(entry, DiffState) else Param
         self.numbers = tuple(self.filters)
@@ -111,6 +104,8 @@ def _gradients(entry: Entry, grads: Sequence[Any], by: _Differentiated, updates:
         if not is_object(x):
             return x
         index = next(of_objects)
+        if isinstance(structure.specs[index], NodeRef):
+            return State({})  # the gradient stands where it was first
         if kind_of(x) is not Kind.NODE:
             return x
         start, end = structure.spans[index]
@@ -211,6 +206,13 @@ def _value_and_grad(
     _refuse_reduce_axes(reduce_axes)
     follow = graph_mode(graph)
     updates = updates_mode(follow, graph_updates)
+    check_prefix(argnums, "argnums", transform, updates)
+    if not updates and any(isinstance(entry, DiffState) for entry in jax.tree.leaves(argnums)):
+        raise ValueError(
+            "`argnums` cannot contain `DiffState` objects when graph=False or graph_updates=False: then "
+            f"nnx.{transform} differentiates by all arrays of the argument. Split the object and differentiate by one "
+            "part, or pass graph=True and graph_updates=True."
+        )
 
     @functools.wraps(f)
     def differentiated(*args: Any, **kwargs: Any) -> Any:

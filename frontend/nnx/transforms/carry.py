@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distaff.frontend.nnx.extract import Inside
+from distaff.frontend.nnx.boundary import Inside
 from distaff.frontend.nnx.object_trees import is_object
 from distaff.frontend.nnx.transforms.crossing import Entry
 from distaff.frontend.nnx.variables import Variable
@@ -18,14 +18,22 @@ class Carry:
     """As an axis of ``nnx.scan``: the value is carried from one iteration to the next."""
 
 
-def arrays_now(entry: Entry, inside: Inside, trees: Sequence[Any]) -> list[Any]:
-    """All arrays of ``trees``, which have the structure of the arguments, with what the objects hold now."""
-    packed = iter(entry.signature.leaves.pack([cell._raw_value for cell in inside.cells]))
+def arrays_now(
+    entry: Entry, inside: Inside, trees: Sequence[Any], carried: Callable[[Any], bool] = lambda value: True
+) -> list[Any]:
+    """All arrays of ``trees``, which have the structure of the arguments, with what their objects hold now.
+
+    Args:
+        carried: whether what the specification says of a variable means that it is carried; others count as they were.
+    """
+    cells = zip(inside.cells, inside.values, entry.cell_values, strict=True)
+    now = [cell._raw_value if carried(value) else before for cell, before, value in cells]
+    packed = iter(entry.signature.leaves.pack(now))
     pure = jax.tree.map(lambda x: next(packed) if is_object(x) else x, list(trees), is_leaf=is_object)
     return jax.tree.leaves(pure)
 
 
-def check_same_objects(transform: str, given: Any, returned: Any) -> None:
+def check_same_objects(transform: str, given: Any, returned: Any, updates: bool) -> None:
     """Refuse a carry that does not come back with the structure and the objects that it was given with.
 
     Raises:
@@ -42,11 +50,15 @@ def check_same_objects(transform: str, given: Any, returned: Any) -> None:
         )
     for old, new in zip(before, after, strict=True):
         if (is_object(old) or is_object(new)) and old is not new:
+            rule = (
+                "Carry references must be the same between iterations"
+                if updates
+                else f"{transform} Variable identity must be preserved across iterations"
+            )
             raise ValueError(
-                f"nnx.{transform}: the objects in the carry must be the same from iteration to iteration, but a "
-                f"{type(old).__name__} came in and another {type(new).__name__} went out. Change the variables of "
-                "the one "
-                "that comes in, for instance with nnx.update, and return it."
+                f"{rule}, but the function of nnx.{transform} was given a {type(old).__name__} and returned another "
+                f"{type(new).__name__}. Change the variables of the one that comes in, for instance with nnx.update, "
+                "and return it."
             )
 
 
@@ -58,14 +70,22 @@ def check_same_structure(entry: Entry, inside: Inside, carried: Callable[[Any], 
 
     Raises:
         TypeError: variables were added to or removed from such an object.
+        ValueError: another variable stands at the place of one.
     """
     now = {_identity(cell): (value, label) for cell, value, label in entry.of_cells(inside.objects)}
     given = zip(inside.cells, entry.cell_values, entry.labels, strict=True)
     before = {_identity(cell): label for cell, value, label in given if carried(value)}
-    removed = [str(label) for key, label in before.items() if key not in now]
-    added = [str(label) for key, (value, label) in now.items() if carried(value) and key not in before]
-    if added or removed:
-        changes = [f"added {', '.join(added)}"] * bool(added) + [f"removed {', '.join(removed)}"] * bool(removed)
+    gone = [label for key, label in before.items() if key not in now]
+    new = [label for key, (value, label) in now.items() if carried(value) and key not in before]
+    replaced = [label for label in gone if label.path in {other.path for other in new}]
+    if replaced:
+        raise ValueError(
+            f"{entry.transform} Variable identity must be preserved across iterations, but the function assigned "
+            f"another variable to the place of {replaced[0]}. Assign its value instead: variable[...] = x."
+        )
+    removed, added = map(str, gone), list(map(str, new))
+    if gone or new:
+        changes = [f"added {', '.join(added)}"] * bool(added) + [f"removed {', '.join(removed)}"] * bool(gone)
         raise TypeError(
             f"nnx.{entry.transform}: the structure of what is carried must stay as it is, but the function "
             f"{' and '.join(changes)}. Make such variables before the loop; values for each iteration can be "

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
 
-from distaff.frontend.nnx.extract import Inside, Outside, Plan, take
+from distaff.frontend.nnx.boundary import Inside, Outside, Plan, take
 from distaff.frontend.nnx.filters import PathParts
+from distaff.frontend.nnx.graphdef import Build
 from distaff.frontend.nnx.object_trees import is_object
 from distaff.frontend.nnx.origin import Origin, describe_origin
 from distaff.frontend.nnx.prefix_mapping import check_aliases
 from distaff.frontend.nnx.structure import Structure, paths_of
-from distaff.frontend.nnx.transforms.prefixes import by_object, cell_values, check_no_mapping, leaf_values, spread
+from distaff.frontend.nnx.transforms.prefixes import by_object, cell_values, leaf_values, spread
 from distaff.frontend.nnx.variables import Variable
 
 _NONE: Any = object()
@@ -114,8 +115,6 @@ class Entry:
         self.updates = updates
         if specifications is None:
             specifications = [None] * len(trees)
-        elif not updates:
-            check_no_mapping(specifications, name, transform)
         pairs = spread(tuple(map(by_object, specifications)), tuple(trees), name)
         self._object_values = [value for value, leaf in pairs if is_object(leaf)]
         self.outside = take(trees, graph)
@@ -146,13 +145,28 @@ class Entry:
         return list(zip(now.cells, cell_values(now, self._object_values), _labels(now), strict=True))
 
     def assign(self, leaves: Sequence[Any], cells: Iterable[int]) -> list[Any]:
-        """Assign arrays of the arguments' structure to some cells of the objects; the arguments with the arrays."""
+        """Assign arrays of the arguments' structure to some cells of the objects; the arguments with the arrays.
+
+        Without updates, nodes are new objects with the same variables, and arrays are assigned to those.
+        """
         own, packed = self.signature.split_trees(self.treedef.unflatten(leaves))
         values = self.signature.leaves.unpack(packed)
+        of_objects = self.outside.structure.cells
         for i in cells:
-            cell: Any = self.outside.structure.cells[i]
-            cell.write(values[i])
-        return self.signature.join_trees(own, self.outside.objects)
+            cell: Any = of_objects[i]
+            if self.updates or isinstance(cell, Variable):
+                cell.write(values[i])
+        if self.updates or all(isinstance(cell, Variable) for cell in of_objects):
+            return self.signature.join_trees(own, self.outside.objects)
+        held = (x if isinstance(x, Variable) else value for x, value in zip(of_objects, values, strict=True))
+        build = Build(held)
+        return self.signature.join_trees(own, [build.make(spec) for spec in self.signature.specs])
+
+    def of_trees(self, numbers: Set[int]) -> tuple[list[bool], frozenset[int]]:
+        """Which of the arrays are in some of the arguments, and which of the cells."""
+        leaves = [i in numbers for i, tree in enumerate(self.outside.trees) for _ in jax.tree.leaves(tree)]
+        spans = zip(self.signature.leaves.spans, self.signature.owners, strict=True)
+        return leaves, frozenset(i for (start, end), owner in spans if owner in numbers for i in range(start, end))
 
     def without_arrays(self) -> Entry:
         """The static half alone, to be kept."""
@@ -182,8 +196,6 @@ class Entry:
             also: cells whose values are to be among the updates even if they did not change.
             prepare: called with each variable or array of objects, and what the specification says of it, before.
         """
-        if not self.updates:
-            check_no_mapping(specification, name, self.transform)
         pairs = spread(None if specification is _NONE else by_object(specification), out, name)
         given = inside.objects if self.updates else []
         returned = [leaf for _, leaf in pairs if is_object(leaf)]
@@ -201,7 +213,7 @@ class Entry:
             for cell, value in zip(structure.cells, of_cells, strict=True):
                 prepare(cell, value)
         updates, pure, static = inside.leave(out, structure_updates=self.updates, also=also)
-        plan: Plan = static.plan
+        plan: Plan = static.value
         leaves, treedef = jax.tree.flatten((updates, pure))
         first = structure.spans[len(given)][0] if returned else len(structure.cells)
         cells = None if plan.known is not None else list(plan.changed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -10,16 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from distaff.frontend.nnx.extract import Outside, take
+from distaff.frontend.nnx.boundary import Inside, Outside, take
 from distaff.frontend.nnx.graphdef import Build, graph_mode
 from distaff.frontend.nnx.kinds import Kind, kind_of
 from distaff.frontend.nnx.object_trees import is_object
 from distaff.frontend.nnx.prefix_mapping import PrefixMapping
 from distaff.frontend.nnx.state import State, nest, to_flat_state
-from distaff.frontend.nnx.structure import paths_of
+from distaff.frontend.nnx.structure import Structure, paths_of
 from distaff.frontend.nnx.transforms.autodiff import DiffState
 from distaff.frontend.nnx.transforms.compilation import check_not_bound, updates_mode
 from distaff.frontend.nnx.transforms.crossing import Entry, Exit
+from distaff.frontend.nnx.traversal import iter_graph, recursive_map
 from distaff.frontend.nnx.variables import Variable
 
 _MISSING: Any = object()
@@ -30,11 +32,13 @@ class _Call:
 
     exit: Exit
     _residuals: tuple[Outside, Any]
+    _given: list[int | None]
 
     def __init__(self, rule: CustomVjp, args: Sequence[Any]) -> None:
         self._rule = rule
         self._args = args
         dynamic = [arg for i, arg in enumerate(args) if i not in rule.statics]
+        _check_apart(dynamic, [args[i] for i in rule.statics])
         numbers = [i for i in range(len(args)) if i not in rule.statics]
         by = [PrefixMapping([(rule.filters[i], True), (..., False)]) if i in rule.filters else True for i in numbers]
         self.entry = Entry("custom_vjp", dynamic, rule.graph, rule.updates, by, "nondiff_argnums")
@@ -58,11 +62,7 @@ class _Call:
         arrays, treedef = jax.tree.flatten(taken.trees)
         self._residuals = taken, treedef
         made, self.exit = self.entry.leave(inside, out)
-        if self.exit.cells is None:
-            raise ValueError(
-                "nnx.custom_vjp: the function changed the structure of an argument, which has no derivative. Make "
-                "variables and set attributes before."
-            )
+        self._given = _numbers(self.exit, inside)
         return made, arrays
 
     def backward(self, arrays: Sequence[Any], cotangents: Sequence[Any]) -> tuple[list[Any]]:
@@ -71,8 +71,11 @@ class _Call:
         (residuals,) = taken.signature.enter(treedef.unflatten(arrays)).trees
         updates, out = self.exit.treedef.unflatten(cotangents)
         if self.exit.plan.layout is not None:
-            out = self.exit.plan.rebuild(Build(), out)
-        changed = dict(zip(self.exit.cells or (), updates, strict=True))
+            build = Build()
+            build.objects = collections.defaultdict(lambda: None)  # cotangents of objects given are among the updates
+            out = self.exit.plan.rebuild(build, out)
+        pairs = zip(self._given, updates, strict=True)
+        changed = {i: value for i, value in pairs if i is not None}
         statics = [self._args[i] for i in self._rule.statics]
         if self._rule.updates:
             tangents = self._rule.bwd(*statics, residuals, (self._update_states(changed), out))
@@ -131,11 +134,18 @@ class _Call:
     # Without: objects of the arguments' types.
 
     def _update_objects(self, changed: Mapping[int, Any]) -> tuple[Any, ...]:
+        """The arguments with the cotangents of variables that were assigned, and None for the others."""
         inside = self.entry.enter([None] * len(self._types))
+        assigned = set()
         for i, value in changed.items():
             cell: Any = inside.cells[i]
             cell.write(value)
-        return tuple(inside.trees)
+            assigned.add(id(cell))
+
+        def of(path: Any, x: Any) -> Any:
+            return None if isinstance(x, Variable) and id(x) not in assigned else x
+
+        return tuple(recursive_map(of, inside.trees, graph=True))
 
     def _from_objects(self, tangents: Any) -> list[Any]:
         self._check_count(tangents)
@@ -161,6 +171,26 @@ class _Call:
         return [leaf if _is_inexact(t) else None for leaf, t in zip(leaves, self._types, strict=True)]
 
 
+def _check_apart(dynamic: Sequence[Any], statics: Sequence[Any]) -> None:
+    """Refuse variables that are in arguments with a derivative and in others."""
+    variables = [x for _, x in iter_graph(list(dynamic), graph=True) if isinstance(x, Variable)]
+    held = {id(x) for _, x in iter_graph(list(statics), graph=True) if isinstance(x, Variable)}
+    for x in variables:
+        if id(x) in held:
+            raise ValueError(
+                f"Duplicate {type(x).__name__}: it is in an argument of nnx.custom_vjp that has a derivative, and in "
+                "one of nondiff_argnums. Pass a copy (nnx.clone)."
+            )
+
+
+def _numbers(exit: Exit, inside: Inside) -> list[int | None]:
+    """For each of the updates, which of the arguments' cells it is of; None for what is new."""
+    if exit.cells is not None:
+        return list(exit.cells)
+    before = {id(cell): i for i, cell in enumerate(inside.cells) if isinstance(cell, Variable)}
+    return [before.get(id(cell)) for cell in Structure(inside.objects, True).cells]
+
+
 def _is_inexact(x: Any) -> bool:
     return bool(jnp.issubdtype(x.dtype, jnp.inexact))
 
@@ -180,8 +210,8 @@ class CustomVjp:
         self.takes_updates = False
         if self.filters and not updates:
             raise ValueError(
-                "`nondiff_argnums` of nnx.custom_vjp cannot contain DiffState when graph=False or graph_updates=False; "
-                "return None as the cotangent of what has none."
+                "`nondiff_argnums` cannot contain `DiffState` objects when graph=False or graph_updates=False: in the "
+                "backward rule of nnx.custom_vjp, return None as the cotangent of what has none."
             )
 
     def defvjp(self, fwd: Callable[..., Any], bwd: Callable[..., Any], symbolic_zeros: bool = False) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from distaff.frontend.core import axes_scan
-from distaff.frontend.nnx.extract import Inside
+from distaff.frontend.nnx.boundary import Inside, Static
 from distaff.frontend.nnx.graphdef import graph_mode
 from distaff.frontend.nnx.prefix_mapping import PrefixMapping
 from distaff.frontend.nnx.transforms.carry import (
@@ -23,8 +22,8 @@ from distaff.frontend.nnx.transforms.carry import (
 )
 from distaff.frontend.nnx.transforms.compilation import check_not_bound, updates_mode
 from distaff.frontend.nnx.transforms.crossing import Entry, Exit
-from distaff.frontend.nnx.transforms.mapping import check_sizes, group, namer, per_argument, remove_names
-from distaff.frontend.nnx.transforms.prefixes import values_of
+from distaff.frontend.nnx.transforms.mapping import check_sizes, group, namer, per_argument, positional, remove_names
+from distaff.frontend.nnx.transforms.prefixes import check_prefix, values_of
 from distaff.frontend.nnx.variables import Variable
 
 T = TypeVar("T")
@@ -35,13 +34,17 @@ def _is_carry(axis: Any) -> bool:
     return axis is Carry
 
 
+def _entries(axes: Any) -> tuple[Any, ...]:
+    return axes if isinstance(axes, tuple) else (axes,)
+
+
 def _find_carry(axes: Any, name: str) -> int | None:
     """Which of the arguments (or results) is the carry.
 
     Raises:
         ValueError: there are several, or one within an argument.
     """
-    entries = axes if isinstance(axes, tuple) else (axes,)
+    entries = _entries(axes)
     found = [i for i, axis in enumerate(entries) if axis is Carry]
     if len(found) > 1:
         raise ValueError(f"Found multiple Carry definitions in {name} of nnx.scan, at {found}; carry a tuple instead.")
@@ -59,12 +62,14 @@ def _find_carry(axes: Any, name: str) -> int | None:
 def _check_axes(in_axes: Any, out_axes: Any) -> None:
     if (_find_carry(in_axes, "in_axes") is None) != (_find_carry(out_axes, "out_axes") is None):
         raise ValueError(
-            "If one of in_axes or out_axes of nnx.scan has Carry, the other must have it too; got "
+            "If one of in_axes or out_axes has Carry, the other must also have Carry; nnx.scan got "
             f"in_axes={in_axes}, out_axes={out_axes}."
         )
     if None in values_of(out_axes):
+        entry = next((x for x in _entries(out_axes) if None in values_of(x)), None)
         raise ValueError(
-            f"Cannot broadcast an output of nnx.scan: out_axes={out_axes} has None. Give it an axis, or carry it."
+            f"Cannot broadcast output state. Got {entry} in out_axes={out_axes} of nnx.scan: give it an axis, or carry "
+            "it."
         )
 
 
@@ -89,8 +94,8 @@ class _Step:
         self._metadata = metadata
         self._carry_in = _find_carry(in_axes, "in_axes")
         self._carry_out = _find_carry(out_axes, "out_axes")
-        axes = [axis for axis in (*entry.cell_values, *values_of(out_axes)) if isinstance(axis, int)]
-        self.names = tuple(dict.fromkeys(axes))
+        axes = (*entry.cell_values, *values_of(in_axes), *values_of(out_axes))
+        self.names = tuple(dict.fromkeys(axis for axis in axes if isinstance(axis, int)))
 
     def _run(self, leaves: Sequence[Any]) -> tuple[Inside, Any, list[Any]]:
         """Run the function; the objects, the result without the carry, and the arguments with the new carry."""
@@ -102,7 +107,7 @@ class _Step:
         if self._carry_in is None:
             return inside, out, trees
         carry, out = self._split_carry(out)
-        check_same_objects("scan", trees[self._carry_in], carry)
+        check_same_objects("scan", trees[self._carry_in], carry, self.entry.updates)
         return inside, out, [*trees[: self._carry_in], carry, *trees[self._carry_in + 1 :]]
 
     def _split_carry(self, out: Any) -> tuple[Any, Any]:
@@ -130,7 +135,7 @@ class _Step:
         inside, out, after = self._run(leaves)
         made, exit = entry.leave(inside, out, self._out_axes, prepare=namer(self._metadata))
         check_same_structure(entry, inside, _is_carry)
-        now = arrays_now(entry, inside, after)
+        now = arrays_now(entry, inside, after, _is_carry)
         carry = [x for x, axis in zip(now, entry.values, strict=True) if axis is Carry]
         labels = [label for label, axis in zip(entry.leaf_labels, entry.values, strict=True) if axis is Carry]
         check_same_types(entry, carried, carry, labels)
@@ -140,14 +145,20 @@ class _Step:
         mapped = [(x, axis) for x, axis in zip(made, exit.values, strict=True) if isinstance(axis, int)]
         return (), carry, group([x for x, _ in mapped], [axis for _, axis in mapped], self.names)
 
-    def finish(self, carry: Sequence[Any], groups: Sequence[Sequence[Any]]) -> Any:
-        """Assign what came out of the last iteration; the result, with the objects of the carry in their place."""
+    def finish(self, static: Static, carry: Sequence[Any], groups: Sequence[Sequence[Any]]) -> Any:
+        """Assign what came out of the last iteration; the result, with the objects of the carry in their place.
+
+        Args:
+            static: exit and sources, as they were when this was traced.
+            carry, groups: the arrays.
+        """
+        exit, sources = static.value
         rows = {name: iter(found) for name, found in zip(self.names, groups, strict=True)}
         arrays = [
             carry[source] if source is not None else None if axis is None else next(rows[axis])
-            for source, axis in zip(self.sources, self.exit.values, strict=True)
+            for source, axis in zip(sources, exit.values, strict=True)
         ]
-        out = self.entry.finish(self.exit, arrays)
+        out = self.entry.finish(exit, arrays)
         if self._carry_in is None:
             return out
         last = iter(carry)
@@ -158,6 +169,20 @@ class _Step:
         if self._out_axes is Carry:
             return value
         return tuple(value if i == self._carry_out else x for i, x in enumerate(out))
+
+
+class _Loop:
+    """What a scan depends on but for arrays; hashable, so that equal loops are traced once."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self._key = entry.signature, entry.treedef, tuple(entry.values), tuple(entry.cell_values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Loop) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
 
 
 def scan(
@@ -205,12 +230,34 @@ def scan(
     _check_axes(in_axes, out_axes)
     follow = graph_mode(graph)
     updates, metadata = updates_mode(follow, graph_updates), dict(transform_metadata or {})
+    check_prefix(in_axes, "in_axes", "scan", updates)
+    check_prefix(out_axes, "out_axes", "scan", updates)
+
+    def run(loop: _Loop, shared: Sequence[Any], carry: Sequence[Any], rows: Sequence[Any]) -> Any:
+        step = _Step(f, loop.entry, in_axes, out_axes, metadata)
+        scan_arrays = axes_scan.scan(
+            lambda _, carry, rows: step(shared, carry, rows),
+            ([axis for axis in loop.entry.values if isinstance(axis, int)],),
+            step.names,
+            length=length,
+            reverse=reverse,
+            unroll=unroll,
+            _split_transpose=_split_transpose,
+            check_constancy_invariants=False,
+        )
+        _, carry, groups = scan_arrays((), carry, rows)
+        return Static((step.exit, step.sources)), carry, groups
+
+    compiled: Any = jax.jit(run, static_argnums=0, inline=True)
 
     @functools.wraps(f)
     def scanned(*args: Any, **kwargs: Any) -> Any:
-        if isinstance(in_axes, tuple) and len(in_axes) > len(args) and kwargs:
-            bound = inspect.signature(f).bind(*args, **kwargs)
-            args, kwargs = bound.args, bound.kwargs
+        args, kwargs = positional(f, in_axes, args, kwargs)
+        if in_axes is Carry and len(args) != 1:
+            raise ValueError(
+                "When in_axes=Carry, the function must take exactly one argument, which nnx.scan carries; got "
+                f"{len(args)}. Pass in_axes=(nnx.Carry, ...) with an entry for each."
+            )
         axes = (*per_argument(in_axes, len(args), "in_axes", "scan"), 0)
         entry = Entry("scan", (*args, kwargs), follow, updates, axes)
         check_sizes(entry, length)
@@ -222,20 +269,7 @@ def scan(
         parts: dict[Any, list[Any]] = {True: [], False: [], None: []}
         for x, axis in zip(entry.leaves, entry.values, strict=True):
             parts[None if axis is None else axis is Carry].append(x)
-        shared, carry, rows = parts[None], parts[True], parts[False]
-        row_axes = [axis for axis in entry.values if isinstance(axis, int)]
-        loop = axes_scan.scan(
-            lambda _, carry, rows: step(shared, carry, rows),
-            (row_axes,),
-            step.names,
-            length=length,
-            reverse=reverse,
-            unroll=unroll,
-            _split_transpose=_split_transpose,
-            check_constancy_invariants=False,
-        )
-        _, carry, groups = loop((), carry, rows)
-        return step.finish(carry, groups)
+        return step.finish(*compiled(_Loop(entry.without_arrays()), parts[None], parts[True], parts[False]))
 
     return scanned
 
@@ -308,7 +342,7 @@ class _Body:
         inside = entry.enter(leaves)
         (value,) = inside.trees
         returned = self._fn(*index, value)
-        check_same_objects(entry.transform, value, returned)
+        check_same_objects(entry.transform, value, returned, entry.updates)
         check_same_structure(entry, inside)
         after = arrays_now(entry, inside, [returned])
         check_same_types(entry, leaves, after, entry.leaf_labels)

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from distaff.frontend.jax_compat import is_mapped
+from distaff.frontend.jax_compat import is_mapped, mapped_axis
 from distaff.frontend.nnx import spmd
-from distaff.frontend.nnx.extract import Inside
+from distaff.frontend.nnx.boundary import Inside, Static
 from distaff.frontend.nnx.graphdef import graph_mode
 from distaff.frontend.nnx.transforms.compilation import check_not_bound, updates_mode
 from distaff.frontend.nnx.transforms.crossing import Entry, Exit
-from distaff.frontend.nnx.transforms.prefixes import values_of
-from distaff.frontend.nnx.variables import PARTITION_NAME, Variable
+from distaff.frontend.nnx.transforms.prefixes import check_prefix, values_of
+from distaff.frontend.nnx.variable_metadata import PARTITION_NAME
+from distaff.frontend.nnx.variables import Variable
 
 _MISSING: Any = object()
 
 
 def group(leaves: Sequence[Any], axes: Sequence[Any], names: Sequence[Any]) -> tuple[list[Any], ...]:
-    """The arrays by axis: a list for each of ``names``."""
+    """The arrays (or what else belongs to these axes) by axis: a list for each of ``names``."""
     groups: dict[Any, list[Any]] = {name: [] for name in names}
     for leaf, axis in zip(leaves, axes, strict=True):
         groups[axis].append(leaf)
@@ -52,6 +54,16 @@ def per_argument(axes: Any, count: int, name: str, transform: str) -> tuple[Any,
     return tuple(axes)
 
 
+def positional(
+    f: Callable[..., Any], axes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, with those given by name in their places if there are axes for them."""
+    if isinstance(axes, tuple | list) and len(axes) > len(args) and kwargs:
+        bound = inspect.signature(f).bind(*args, **kwargs)
+        return bound.args, bound.kwargs
+    return args, kwargs
+
+
 def remove_names(inside: Inside, axes: Sequence[Any], metadata: Mapping[str, Any]) -> None:
     """Take the mapped axes out of the names of the arguments' variables."""
     for cell, axis in zip(inside.cells, axes, strict=True):
@@ -79,10 +91,9 @@ def _check_shared(transform: str, leaves: Sequence[Any], exit: Exit) -> None:
         else:
             fix = "give it an axis in out_axes"
         raise ValueError(
-            f"nnx.{transform}: {label or 'an output'} has the axis None, which says that all rows share its "
-            "value, but the "
-            f"function gave it one that differs from row to row, of shape {jnp.shape(leaf)} in each; {fix}. (JAX: got "
-            "axis spec None but output was batched.)"
+            f"Error at {transform}: {label or 'an output'} got axis spec None but output was batched on axis "
+            f"{mapped_axis(leaf)}. None says that all rows share one value, but the function gave it one that differs "
+            f"from row to row, of shape {jnp.shape(leaf)} in each; {fix}."
         )
 
 
@@ -107,14 +118,26 @@ def check_sizes(entry: Entry, axis_size: int | None = None) -> None:
 
 
 class _Rows:
-    """A function of objects as one of arrays by axis, as ``jax.vmap`` maps it."""
+    """A function of objects as one of arrays by axis, as ``jax.vmap`` maps it.
 
-    def __init__(self, fn: Callable[..., Any], entry: Entry, out_axes: Any, metadata: Mapping[str, Any]) -> None:
+    ``also`` are cells whose values come out, changed or not.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        entry: Entry,
+        in_axes: Any,
+        out_axes: Any,
+        metadata: Mapping[str, Any],
+        also: frozenset[int] = frozenset(),
+    ) -> None:
         self._fn = fn
         self._entry = entry
         self._out_axes = out_axes
         self._metadata = metadata
-        self.names = tuple(dict.fromkeys([*entry.cell_values, *values_of(out_axes)]))
+        self._also = also
+        self.names = tuple(dict.fromkeys([*entry.cell_values, *values_of(in_axes), *values_of(out_axes)]))
 
     def __call__(self, leaves: Sequence[Any]) -> tuple[Any, Any]:
         entry = self._entry
@@ -123,17 +146,9 @@ class _Rows:
             remove_names(inside, entry.cell_values, self._metadata)
         *args, kwargs = inside.trees
         out = self._fn(*args, **kwargs)
-        made, exit = entry.leave(inside, out, self._out_axes, prepare=namer(self._metadata))
+        made, exit = entry.leave(inside, out, self._out_axes, also=self._also, prepare=namer(self._metadata))
         _check_shared(entry.transform, made, exit)
-        return _Static(exit), group(made, exit.values, self.names)
-
-
-@jax.tree_util.register_static
-class _Static:
-    """An ``Exit`` on its way out of a trace; equal to itself alone."""
-
-    def __init__(self, exit: Exit) -> None:
-        self.exit = exit
+        return Static(exit), group(made, exit.values, self.names)
 
 
 def vmap(
@@ -179,13 +194,16 @@ def vmap(
     check_not_bound(f, "vmap")
     follow = graph_mode(graph)
     updates, metadata = updates_mode(follow, graph_updates), dict(transform_metadata or {})
+    check_prefix(in_axes, "in_axes", "vmap", updates)
+    check_prefix(out_axes, "out_axes", "vmap", updates)
 
     @functools.wraps(f)
     def mapped(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = positional(f, in_axes, args, kwargs)
         axes = (*per_argument(in_axes, len(args), "in_axes", "vmap"), 0)
         entry = Entry("vmap", (*args, kwargs), follow, updates, axes)
         check_sizes(entry, axis_size)
-        rows = _Rows(f, entry, out_axes, metadata)
+        rows = _Rows(f, entry, in_axes, out_axes, metadata)
         static, groups = jax.vmap(
             rows,
             in_axes=(entry.values,),
@@ -194,7 +212,7 @@ def vmap(
             axis_size=axis_size,
             spmd_axis_name=spmd_axis_name,
         )(entry.leaves)
-        return entry.finish(static.exit, ungroup(groups, static.exit.values, rows.names))
+        return entry.finish(static.value, ungroup(groups, static.value.values, rows.names))
 
     return mapped
 
@@ -225,29 +243,30 @@ def pmap(
         devices: as for ``jax.pmap``.
         backend: as for ``jax.pmap``.
         axis_size: as for ``jax.pmap``.
-        donate_argnums: refused: arrays of all arguments cross together.
+        donate_argnums: as for ``jax.pmap``; an object's variables hold the results' arrays afterwards.
         transform_metadata: as for ``nnx.vmap``.
         graph: as for ``nnx.jit``.
         graph_updates: as for ``nnx.jit``.
 
     Raises:
-        NotImplementedError: ``donate_argnums`` is given.
         ValueError: as for ``nnx.vmap``.
     """
     if f is _MISSING:
         options = {key: value for key, value in locals().items() if key != "f"}
         return functools.partial(pmap, **options)
     check_not_bound(f, "pmap")
-    if donate_argnums not in ((), [], None):
-        raise NotImplementedError("nnx.pmap does not donate arguments; use nnx.jit with shardings, which does.")
+    donated = frozenset((donate_argnums,) if isinstance(donate_argnums, int) else donate_argnums)
     follow = graph_mode(graph)
     updates, metadata = updates_mode(follow, graph_updates), dict(transform_metadata or {})
-    numbers = static_broadcasted_argnums
-    statics = frozenset((numbers,) if isinstance(numbers, int) else numbers)
+    check_prefix(in_axes, "in_axes", "pmap", updates)
+    check_prefix(out_axes, "out_axes", "pmap", updates)
+    given = static_broadcasted_argnums
+    statics = frozenset((given,) if isinstance(given, int) else given)
     compiled: dict[Any, tuple[_Rows, Any]] = {}
 
     @functools.wraps(f)
     def mapped(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = positional(f, in_axes, args, kwargs)
         fixed = {i: args[i] for i in sorted(statics) if i < len(args)}
         dynamic = [arg for i, arg in enumerate(args) if i not in fixed]
         axes: Any = in_axes
@@ -256,6 +275,8 @@ def pmap(
         axes = (*per_argument(axes, len(dynamic), "in_axes", "pmap"), 0)
         entry = Entry("pmap", (*dynamic, kwargs), follow, updates, axes)
         check_sizes(entry, axis_size)
+        numbers = [i for i in range(len(args)) if i not in fixed]
+        is_donated, also = entry.of_trees({k for k, i in enumerate(numbers) if i in donated})
         key = (entry.signature, entry.treedef, tuple(entry.values), tuple(fixed.items()))
         if key not in compiled:
 
@@ -263,22 +284,23 @@ def pmap(
                 remaining = iter(given)
                 return f(*(fixed[i] if i in fixed else next(remaining) for i in range(len(args))), **kwargs)
 
-            rows = _Rows(with_fixed, entry.without_arrays(), out_axes, metadata)
+            rows = _Rows(with_fixed, entry.without_arrays(), in_axes, out_axes, metadata, also)
             compiled[key] = (
                 rows,
                 jax.pmap(
-                    rows,
+                    lambda *parts: rows(ungroup(parts, is_donated, (True, False))),
                     axis_name=axis_name,
-                    in_axes=(entry.values,),
+                    in_axes=group(entry.values, is_donated, (True, False)),
                     out_axes=(None, rows.names),
                     devices=devices,
                     backend=backend,
                     axis_size=axis_size,
+                    donate_argnums=(0,),
                 ),
             )
         rows, run = compiled[key]
-        static, groups = run(entry.leaves)
-        return entry.finish(static.exit, ungroup(groups, static.exit.values, rows.names))
+        static, groups = run(*group(entry.leaves, is_donated, (True, False)))
+        return entry.finish(static.value, ungroup(groups, static.value.values, rows.names))
 
     return mapped
 

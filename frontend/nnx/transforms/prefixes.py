@@ -6,21 +6,21 @@ object of the same structure with values for arrays, as ``nnx.prefix`` makes it.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from distaff.frontend.nnx.filters import Filter, PathParts, ordered_predicates
+from distaff.frontend.nnx.filters import Filter, PathIn, PathParts
+from distaff.frontend.nnx.graphdef import graph_mode
 from distaff.frontend.nnx.kinds import Kind, kind_of
 from distaff.frontend.nnx.object_trees import is_object
 from distaff.frontend.nnx.prefix_mapping import PrefixMapping, is_object_or_prefix
-from distaff.frontend.nnx.pytrees import sorted_attributes
-from distaff.frontend.nnx.state import State, iter_flat
-from distaff.frontend.nnx.structure import Structure, container_items, paths_of
-from distaff.frontend.nnx.traversal import iter_graph
+from distaff.frontend.nnx.pytrees import is_data_attribute, sorted_attributes
+from distaff.frontend.nnx.state import State, iter_flat, nest
+from distaff.frontend.nnx.structure import Structure, container_items, key_of, paths_of
+from distaff.frontend.nnx.traversal import iter_graph, recursive_map
 from distaff.frontend.nnx.variables import Variable
 
 
@@ -40,24 +40,20 @@ class StateAxes(PrefixMapping):
         return zip(self.filters, self.values, strict=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class _AtPaths:
-    """The filter that matches what stands at one of some paths."""
-
-    paths: frozenset[PathParts]
-
-    def __call__(self, path: PathParts, value: Any) -> bool:
-        return tuple(path) in self.paths
-
-
-class _ByPath(PrefixMapping):
+class TreeState(PrefixMapping):
     """What an object of specifications says of an object of the same structure."""
 
     def __init__(self, values: Iterable[tuple[PathParts, Any]]) -> None:
-        paths: dict[Any, set[PathParts]] = {}
-        for path, value in values:
-            paths.setdefault(value, set()).add(path)
-        super().__init__([(_AtPaths(frozenset(found)), value) for value, found in paths.items()])
+        self._by_path = dict(values)
+        paths: dict[Any, list[PathParts]] = {}
+        for path, value in self._by_path.items():
+            paths.setdefault(value, []).append(path)
+        super().__init__([(PathIn(*found), value) for value, found in paths.items()])
+
+    @property
+    def state(self) -> State:
+        """The specifications by path."""
+        return State(nest(self._by_path.items()), _copy=False)
 
 
 def _values_in(x: Any, path: PathParts = ()) -> Iterator[tuple[PathParts, Any]]:
@@ -69,11 +65,12 @@ def _values_in(x: Any, path: PathParts = ()) -> Iterator[tuple[PathParts, Any]]:
         yield from ((p, v.get_raw_value() if isinstance(v, Variable) else v) for p, v in iter_flat(x, path))
     elif kind is Kind.NODE:
         for key, name in sorted_attributes(x):
-            yield from _values_in(x.__dict__[name], (*path, key))
+            if is_data_attribute(x, name, x.__dict__[name]):
+                yield from _values_in(x.__dict__[name], (*path, key))
     elif kind is Kind.CONTAINER:
         for key, child in container_items(x)[0]:
             yield from _values_in(child, (*path, key))
-    elif x is None or isinstance(x, int | type):
+    else:
         yield path, x
 
 
@@ -88,10 +85,11 @@ def prefix(
     Args:
         node: an object or a tree of objects.
         filter_map: values by filter, of which the first that matches counts; or a function of path and variable.
-        graph: accepted for likeness; the specification holds in both modes.
+        graph: as for ``nnx.split``.
 
     Returns:
-        The tree with specifications in the places of objects and arrays.
+        In graph mode, the tree with a ``TreeState`` in the place of each object. In tree mode, the same tree with
+        specifications in the places of variables and arrays, which JAX's own transforms take too.
 
     Raises:
         ValueError: no filter matches a variable.
@@ -102,22 +100,29 @@ def prefix(
         by_filter = StateAxes(filter_map)
         value_of = by_filter.map_prefix
 
+    if not graph_mode(graph):
+        return recursive_map(lambda path, x: value_of(path, x) if _is_leaf(x) else x, node, graph=False)
+
     def specify(path: Any, x: Any) -> Any:
-        above = tuple(getattr(part, "key", getattr(part, "idx", getattr(part, "name", part))) for part in path)
+        above = tuple(map(key_of, path))
         if not is_object(x):
             return value_of(above, x)
         variables = iter_flat(x) if isinstance(x, State) else iter_graph(x, graph=True)
-        leaves = ((p, v) for p, v in variables if isinstance(v, Variable) or kind_of(v) is Kind.DATA)
-        return _ByPath((p, value_of((*above, *p), v)) for p, v in leaves)
+        leaves = ((p, v) for p, v in variables if _is_leaf(v))
+        return TreeState((p, value_of((*above, *p), v)) for p, v in leaves)
 
     return jax.tree_util.tree_map_with_path(specify, node, is_leaf=is_object)
+
+
+def _is_leaf(x: Any) -> bool:
+    return kind_of(x) in (Kind.VARIABLE, Kind.DATA, Kind.REF)
 
 
 def by_object(specification: Any) -> Any:
     """The specification with a ``PrefixMapping`` for each object of specifications in it."""
 
     def convert(x: Any) -> Any:
-        return _ByPath(_values_in(x)) if is_object(x) else x
+        return TreeState(_values_in(x)) if is_object(x) else x
 
     return jax.tree.map(convert, specification, is_leaf=is_object_or_prefix)
 
@@ -134,14 +139,33 @@ def values_of(specification: Any) -> list[Any]:
     return list(dict.fromkeys(found))
 
 
-def check_no_mapping(specification: Any, name: str, transform: str, cls: type[PrefixMapping] = PrefixMapping) -> None:
-    """Raise ValueError if a specification uses ``StateAxes`` or the like, which needs graph updates."""
-    for part in jax.tree.leaves(specification, is_leaf=_ends):
-        if isinstance(part, PrefixMapping) and not isinstance(part, _ByPath):
+def check_prefix(specification: Any, name: str, transform: str, updates: bool) -> None:
+    """Refuse what a specification may not have in it.
+
+    Args:
+        specification: a tree.
+        name: of it, for errors.
+        transform: of which it is an argument, for errors.
+        updates: whether changes of structure are passed on: only then there may be a ``StateAxes`` or the like, and
+            only otherwise objects of specifications.
+
+    Raises:
+        ValueError: it has such a thing in it.
+    """
+    for part in jax.tree.leaves(specification, is_leaf=is_object_or_prefix):
+        if isinstance(part, PrefixMapping) and not isinstance(part, TreeState) and not updates:
+            cls = type(part).__name__
             raise ValueError(
-                f"`{name}` of nnx.{transform} cannot contain {type(part).__name__} when graph=False or "
-                "graph_updates=False. Pass what nnx.prefix(object, {filter: value}) returns, or graph=True and "
+                f"`{name}` cannot contain `{cls}` objects when graph=False or graph_updates=False: nnx.{transform} was "
+                f"given {part}. Pass what nnx.prefix(object, {{filter: value}}) returns, or graph=True and "
                 "graph_updates=True."
+            )
+        if isinstance(part, Variable):
+            raise ValueError(f"Variables prefixes are not supported: `{name}` of nnx.{transform} has {part}.")
+        if kind_of(part) is Kind.NODE and updates:
+            raise ValueError(
+                f"Graph nodes are not allowed as prefixes with graph_updates=True: `{name}` of nnx.{transform} has a "
+                f"{type(part).__name__}. Use a StateAxes, StateSharding or DiffState."
             )
 
 
@@ -178,18 +202,9 @@ def cell_values(structure: Structure, specifications: Sequence[Any]) -> list[Any
             found += [value] * (end - start)
             continue
         cells = structure.cells[start:end]
-        rules = list(zip(ordered_predicates(value.filters), value.values, strict=True))
         for path, cell in zip(paths_of(spec), cells, strict=True):
-            x = cell if isinstance(cell, Variable) else cell._raw_value
-            found.append(_first_match(rules, path, x, value))
+            found.append(value.map_prefix(path, cell if isinstance(cell, Variable) else cell._raw_value))
     return found
-
-
-def _first_match(rules: Sequence[tuple[Any, Any]], path: PathParts, x: Any, mapping: PrefixMapping) -> Any:
-    for matches, value in rules:
-        if matches(path, x):
-            return value
-    return mapping.map_prefix(path, x)  # whose error says so
 
 
 def leaf_values(

@@ -7,10 +7,12 @@ from collections.abc import Callable, Set
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
-from distaff.frontend.nnx.extract import take
+from distaff.frontend.nnx.boundary import take
 from distaff.frontend.nnx.graphdef import graph_mode
 from distaff.frontend.nnx.transforms.compilation import check_not_bound, pure_prefix, updates_mode
+from distaff.frontend.nnx.transforms.prefixes import by_object, check_prefix
 
 _MISSING: Any = object()
 
@@ -59,11 +61,14 @@ def shard_map(
     fun: Callable[..., Any] = f
     follow = graph_mode(graph)
     structure_updates = updates_mode(follow, graph_updates)
-    pure_in, pure_out = pure_prefix(in_specs), pure_prefix(out_specs)
+    check_prefix(in_specs, "in_specs", "shard_map", structure_updates)
+    check_prefix(out_specs, "out_specs", "shard_map", structure_updates)
+    of_in, of_out = by_object(in_specs), by_object(out_specs)
+    pure_in, pure_out = pure_prefix(of_in, PartitionSpec()), pure_prefix(of_out, PartitionSpec())
 
     @functools.wraps(fun)
     def mapped(*args: Any) -> Any:
-        specs = tuple(in_specs) if type(in_specs) in (tuple, list) else (in_specs,) * len(args)
+        specs = tuple(of_in) if type(of_in) in (tuple, list) else (of_in,) * len(args)
         outside = take(args, follow, specs)
         static: Any = None
 
@@ -71,9 +76,7 @@ def shard_map(
             nonlocal static
             inside = outside.signature.enter(trees)
             out = fun(*inside.trees)
-            updates, out, static = inside.leave(
-                out, structure_updates=structure_updates, whole=True, out_prefix=out_specs
-            )
+            updates, out, static = inside.leave(out, structure_updates=structure_updates, whole=True, out_prefix=of_out)
             return tuple(updates), out
 
         run = jax.shard_map(
@@ -85,6 +88,6 @@ def shard_map(
             check_vma=check_vma,
         )
         updates, out = run(*outside.trees)
-        return static.plan.finish(outside, updates, out)
+        return static.value.finish(outside, updates, out)
 
     return mapped

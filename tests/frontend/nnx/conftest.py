@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,14 @@ import pytest
 from tree_equality import assert_trees_equal
 
 from distaff.frontend import nnx
+
+FOLLOWED = "0.12.8"  # the version of Flax whose names and arguments ours are
+
+
+@pytest.fixture(scope="session")
+def flax_is_followed() -> bool:
+    """Whether the installed Flax is that version: of another one, only what both have is compared."""
+    return version("flax") == FOLLOWED
 
 
 @pytest.fixture(scope="session")

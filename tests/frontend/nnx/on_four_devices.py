@@ -76,3 +76,34 @@ def test_jit_shardings_of_whole_objects(lib, mesh):
     lib.jit(step, in_shardings=(everywhere, None), donate_argnums=0)(model, 1.0)
     np.testing.assert_array_equal(model.w[...], jnp.arange(8.0) + 1)
     assert model.w.sharding == everywhere and model.mean.sharding == everywhere
+
+
+def test_pmap(lib):
+    model, given = make(lib), jnp.arange(8.0).reshape(4, 2)
+    model.w = lib.Param(given + 0)
+    axes = lib.StateAxes({lib.Param: 0, ...: None})
+
+    @lib.pmap(in_axes=(axes, 0, None), out_axes=0, axis_name="d", donate_argnums=0, static_broadcasted_argnums=2)
+    def step(model, x, times):
+        model.w[...] = model.w[...] + jax.lax.psum(x, "d") * times
+        model.mean[...] = model.mean[...] + jax.lax.pmean(x, "d")
+        return model.w[...].sum() + jax.lax.axis_index("d")
+
+    for call in (1, 2):
+        y = step(model, jnp.arange(4.0), 10)
+        np.testing.assert_array_equal(model.w[...], given + 60 * call)
+        np.testing.assert_array_equal(model.mean[...], jnp.full(2, 1.5 * call))
+        np.testing.assert_array_equal(y, model.w[...].sum(1) + jnp.arange(4))
+    assert model.n[...] == 0
+
+
+def test_pmap_makes_a_model_on_each_device(lib):
+    @lib.split_rngs(splits=4)
+    @lib.pmap(in_axes=0, out_axes=0)
+    def create(rngs):
+        return lib.Linear(2, 3, rngs=rngs)
+
+    model = create(lib.Rngs(0))
+    assert model.kernel.shape == (4, 2, 3) and len(model.kernel[...].devices()) == 4
+    one = lib.Linear(2, 3, rngs=lib.Rngs(lib.Rngs(0).split(4).default.key[...][1]))
+    np.testing.assert_array_equal(model.kernel[1], one.kernel[...])

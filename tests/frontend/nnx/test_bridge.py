@@ -124,7 +124,7 @@ def test_an_nnx_module_inside_linen_and_made_by_a_class():
     class Outer(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(2)(Linear(3, 5, name="inner")(x))
+            return nn.Dense(2)(Linear(args=(3, 5), name="inner")(x))
 
     variables = Outer().init(jax.random.key(0), X)
     assert set(variables["params"]) == {"inner", "Dense_0"} and set(variables["params"]["inner"]) == {"kernel"}
@@ -180,48 +180,82 @@ def test_metadata_of_variables_survives_in_a_box():
     assert bridge_variables.is_vanilla_variable(nnx.Param(1.0)) and not bridge_variables.is_vanilla_variable(variable)
 
 
-def written_as_linen(nnx, nn):
-    bridge = nnx.bridge
-
-    class Affine(bridge.Module):
-        features: int = 5
-
-        @bridge.compact
-        def __call__(self, x):
-            kernel = self.param("kernel", jax.nn.initializers.normal(), (x.shape[-1], self.features))
-            calls = self.variable("batch_stats", "calls", lambda: jnp.zeros(()))
-            calls[...] += 1
-            return x @ kernel[...] + jax.random.normal(self.make_rng("noise"), (self.features,))
-
-    class WithSetup(bridge.Module):
-        def setup(self):
-            self.a = Affine(3)
-            self.b = Affine(2)
-
-        def __call__(self, x):
-            return self.b(self.a(x))
-
-    class WithCompact(bridge.Module):
-        @bridge.compact
-        def __call__(self, x):
-            return Affine(2, name="last")(Affine(4)(Affine(3)(x)))
-
-    return Affine(), WithSetup(), WithCompact()
-
-
-def test_modules_written_as_in_linen():
-    seen = []
-    for nnx_, nn_ in LIBRARIES:
-        results = {}
-        for i, model in enumerate(written_as_linen(nnx_, nn_)):
-            for rngs in (3, {"params": jax.random.key(0), "noise": jax.random.key(1)}):
-                variables = model.init(rngs, X)
-                results |= {f"{i} {type(rngs)} {k}": v for k, v in flat(variables).items()}
-            keys = {"noise": jax.random.key(2)}
-            out, changed = model.apply(variables, X, rngs=keys, mutable=["batch_stats"])
-            results |= {f"{i} out": np.asarray(out), **{f"{i} changed {k}": v for k, v in flat(changed).items()}}
-            results[f"{i} plain"] = np.asarray(model.apply(variables, X, rngs=keys))
-        seen.append(results)
-    assert_equal(*seen)
+def test_functional_modules():
+    for nnx_, _ in LIBRARIES:
+        model = nnx_.bridge.functional(nnx_.Linear)(3, 5)
+        state = model.init(rngs=nnx_.Rngs(0))
+        out, (_, new_state) = model.apply(state)(X)
+        expected = nnx_.Linear(3, 5, rngs=nnx_.Rngs(0))(X)
+        np.testing.assert_array_equal(out, expected)
+        assert set(new_state) == {"kernel", "bias"}
     with pytest.raises(ValueError, match="init"):
-        written_as_linen(nnx, nn)[0](X)
+        bridge.functional(nnx.Linear)(3, 5).apply({})
+
+
+def test_methods_and_arguments_of_wrapped_modules_are_reached():
+    class Coder(nn.Module):
+        def setup(self):
+            self.embed = bridge.to_linen(nnx.Embed, 7, 4)
+
+        def __call__(self, tokens):
+            return self.embed(tokens)
+
+        def attend(self, x):
+            return self.embed.attend(x), self.embed.num_embeddings
+
+    tokens = jnp.arange(3)
+    wrapped = bridge.to_linen(nnx.Embed, num_embeddings=7, features=4)
+    assert wrapped.num_embeddings == 7
+    variables = wrapped.init(jax.random.key(0), tokens)
+    table = variables["params"]["embedding"]
+    np.testing.assert_allclose(wrapped.apply(variables, table, method=lambda m, x: m.attend(x)), table @ table.T)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = wrapped.nothing
+    coder = Coder()
+    with pytest.raises(AttributeError, match="num_embeddings"):  # it was given by position
+        coder.apply(coder.init(jax.random.key(0), tokens), table, method="attend")
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(x)
+
+        def twice(self, x):
+            return self(x) * 2
+
+    both = bridge.ToNNX(Two(), rngs=nnx.Rngs(0))
+    bridge.lazy_init(both.twice, X)
+    np.testing.assert_allclose(both.twice(X), 2 * both(X), rtol=1e-6)
+
+
+def test_variables_that_apply_is_not_given_are_those_of_a_new_module():
+    for nnx_, _ in LIBRARIES:
+
+        class Counting(nnx_.Module):
+            def __init__(self, rngs, nnx=nnx_):
+                self.w, self.n = nnx.Param(rngs.params.normal((3,))), nnx.BatchStat(jnp.full((), 7.0))
+
+            def __call__(self, x):
+                return x * self.w[...] + self.n[...]
+
+        model = nnx_.bridge.to_linen(Counting)
+        params = {"w": jnp.arange(3.0)}
+        np.testing.assert_allclose(model.apply({"params": params}, X), X * jnp.arange(3.0) + 7)
+        with pytest.warns(UserWarning, match="unknown module paths in incoming state"):
+            model.apply({"params": {**params, "other": jnp.ones(2)}}, X)
+
+
+def test_classes_of_linen_made_of_classes_of_nnx():
+    Linear = bridge.to_linen_class(nnx.Linear, use_bias=False)
+    assert isinstance(Linear, type) and issubclass(Linear, bridge.ToLinen)
+
+    class Wide(Linear):
+        pass
+
+    for cls in (Linear, Wide):
+        model = cls(in_features=3, out_features=5, name="x").clone()
+        assert set(model.init(jax.random.key(0), X)["params"]) == {"kernel"}
+        model = cls(args=(3, 5), kwargs={"use_bias": True})
+        assert set(model.init(jax.random.key(0), X)["params"]) == {"kernel", "bias"}
+    with_head = Linear(nnx_class=nnx.LinearGeneral, in_features=3, out_features=(2, 5))
+    assert with_head.init(jax.random.key(0), X)["params"]["kernel"].shape == (3, 2, 5)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from distaff.frontend import errors, nnx
+from distaff.frontend.nnx.structure import Structure
 
 
 @pytest.fixture(scope="module", params=["distaff", "flax"])
@@ -252,7 +253,7 @@ def test_every_change_is_noticed(change):
         look(model)
     assert len(traces) == 1
     CHANGES[change](model)
-    fresh = nnx.graph.Structure((model,), True)
+    fresh = Structure((model,), True)
     seen = look(model)
     assert len(traces) == (1 if change in SAME_STRUCTURE else 2)
     assert nnx.graphdef(model) == fresh.graphdef and traces[-1] == fresh.graphdef

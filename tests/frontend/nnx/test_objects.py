@@ -247,3 +247,23 @@ def test_merge_says_what_is_missing():
     graphdef, _ = nnx.split(box(nnx, w=nnx.Param(1.0), inner=box(nnx, v=nnx.Param(2.0))))
     with pytest.raises(ValueError, match=r"Missing: \['inner\.v'\]\. Not in the graph: \['u'\]"):
         nnx.merge(graphdef, {"w": 1.0, "u": 2.0})
+
+
+def test_text_of_objects_is_that_of_flax(flax_nnx):
+    """Attributes in the order of their assignment, private ones left out, what is shared once, sizes of all within."""
+    texts = []
+    for lib in (nnx, flax_nnx):
+
+        class Model(lib.Module):
+            def __init__(self, lib=lib):
+                self.metrics = lib.MultiMetric(accuracy=lib.metrics.Accuracy(), loss=lib.metrics.Average())
+                self._private = 3
+                self.items = lib.List([lib.Param(jnp.array(1.0), note="x"), lib.Dict(q=lib.BatchStat(1), r=2)])
+                self.sizes = (1, "two")
+                self.stream = lib.Rngs(3).params
+
+        model = Model()
+        texts.append(str(model))
+        model.again = model.metrics
+        assert "again=MultiMetric(...)" in str(model)
+    assert texts[0] == texts[1]

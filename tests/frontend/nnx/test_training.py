@@ -67,6 +67,26 @@ def test_optimizer_steps_are_those_of_flax(name, wrt):
     assert_same(train(nnx), train(flax_nnx))
 
 
+def test_line_search_sees_arrays():
+    """What transformations are given besides gradients may be states: their variables are taken out."""
+    x, y = np.random.default_rng(0).normal(size=(2, 8, 3)).astype(np.float32)
+    found = []
+    for lib in (nnx, flax_nnx):
+        linear = lib.Linear(3, 3, rngs=lib.Rngs(0))
+        graphdef, optimizer = lib.graphdef(linear), lib.Optimizer(linear, optax.lbfgs(), wrt=lib.Param)
+
+        def loss(model):
+            return ((model(x) - y) ** 2).mean()
+
+        for _ in range(3):
+            value, grads = lib.value_and_grad(loss)(linear)
+            search = dict(grad=grads, value=value, value_fn=lambda s, g=graphdef, m=lib.merge: loss(m(g, s)))
+            optimizer.update(linear, grads, **search)
+        found.append(values(lib, linear)[0] | {"value": np.asarray(value)})
+    for name in found[1]:
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-4, atol=1e-5)
+
+
 def test_optimizer_state_mirrors_the_variables():
     m = model(nnx)
     optimizer = nnx.Optimizer(m, optax.adam(1e-2), wrt=nnx.Param)
@@ -162,6 +182,9 @@ def test_metric_errors():
         nnx.MultiMetric(reset=nnx.metrics.Average())
     with pytest.raises(TypeError, match="float"):
         nnx.metrics.Accuracy(threshold=1)
+    for metric in (nnx.metrics.Average(), nnx.metrics.Welford()):
+        with pytest.raises(ValueError, match="should be a jax array"):
+            metric.update(values=2.0, mask=jnp.ones(3))
 
 
 def test_multi_metric():

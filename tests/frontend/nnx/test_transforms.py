@@ -456,9 +456,9 @@ def test_errors_of_carries():
 
     assert "added the Param 'new'" in error_of(lambda: nnx.scan(add, **loop)(model, xs))
     model = block(nnx)
-    assert "same from iteration" in error_of(lambda: nnx.scan(lambda m, x: (block(nnx), x), **loop)(model, xs))
+    assert "same between iterations" in error_of(lambda: nnx.scan(lambda m, x: (block(nnx), x), **loop)(model, xs))
     assert "at the start" in error_of(lambda: nnx.scan(lambda c, x: (jnp.ones(3), x), **loop)(jnp.ones(2), xs))
-    assert "other must have it" in error_of(lambda: nnx.scan(lambda c, x: c, in_axes=(nnx.Carry, 0), out_axes=0))
+    assert "other must also" in error_of(lambda: nnx.scan(lambda c, x: c, in_axes=(nnx.Carry, 0), out_axes=0))
     assert "multiple Carry" in error_of(lambda: nnx.scan(lambda c, x: c, in_axes=(nnx.Carry,) * 2, out_axes=nnx.Carry))
     assert "cannot be nested" in error_of(lambda: nnx.scan(lambda c: c, in_axes=({"a": nnx.Carry},), out_axes=0))
     assert "broadcast" in error_of(
@@ -476,5 +476,5 @@ def test_errors_of_carries():
 def test_methods_must_be_given_the_object():
     model = block(nnx)
     for transform in (nnx.vmap, nnx.grad, nnx.remat, nnx.scan):
-        with pytest.raises(ValueError, match="methods of objects"):
+        with pytest.raises(ValueError, match="bound methods"):
             transform(model.__call__)

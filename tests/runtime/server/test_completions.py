@@ -203,12 +203,12 @@ def test_parameters_reach_the_engine(client):
     call = client.engine.calls[0]
     params = call.params
     assert (params.n, params.temperature, params.top_p, params.top_k, params.min_p) == (2, 0.5, 0.9, 3, 0.1)
-    assert (params.seed, params.stop, params.stop_token_ids) == (5, ("\n",), (7,))
+    assert (params.seed, params.stop, params.stop_token_ids) == (5, ["\n"], [7])
     assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (1, -1, 1.5)
     assert (params.ignore_eos, params.min_tokens, params.max_tokens) == (True, 2, 9)
     assert params.logit_bias == {72: 3, 5: -100}
     assert (params.skip_special_tokens, params.include_stop_str_in_output) == (False, True)
-    assert (params.allowed_token_ids, call.priority, call.salt) == ((72, 73), -3, "s")
+    assert (params.allowed_token_ids, call.priority, call.salt) == ([72, 73], -3, "s")
 
 
 def test_open_parameters_are_the_models_own_unless_switched_off(client):
@@ -230,7 +230,7 @@ def test_the_server_overrides_the_models_own(client):
 def test_null_stands_for_the_default(client):
     client.completion("Hi", n=None, max_tokens=None, stop=None, logprobs=None, stream=None, seed=None, suffix=None)
     params = client.engine.calls[0].params
-    assert (params.n, params.max_tokens, params.stop, params.logprobs) == (1, 16, (), None)
+    assert (params.n, params.max_tokens, params.stop, params.logprobs) == (1, 16, [], None)
 
 
 def test_the_end_of_a_long_prompt_is_kept(client):

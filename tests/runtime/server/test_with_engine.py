@@ -28,9 +28,9 @@ EXACT = {"temperature": 0, "ignore_eos": True}
 class SlowRunner(ToyRunner):
     """Takes some time for a step, as models do."""
 
-    def execute(self, program, batch):
+    def execute(self, program, batch, rows=None):
         time.sleep(0.02)
-        return super().execute(program, batch)
+        return super().execute(program, batch, rows)
 
 
 @contextlib.contextmanager

@@ -1,13 +1,43 @@
-"""Names of variable types, as Linen's collections have them."""
+"""The kinds of variables, and their names, which are those of Linen's collections."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
-from distaff.frontend.nnx.variables import BatchStat, Cache, Intermediate, Param, Perturbation, Variable
+from distaff.frontend.nnx.variables import Variable
 
+A = TypeVar("A")
 _MISSING: Any = object()
 _names: dict[str, type[Variable[Any]]] = {}
+
+
+class _HijaxMeta(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, Variable) and instance.hijax
+
+
+class HijaxVariable(metaclass=_HijaxMeta):
+    """For ``isinstance``: variables of any type that were made with ``hijax=True``."""
+
+
+class Param(Variable[A]):
+    """A parameter, to be trained."""
+
+
+class BatchStat(Variable[A]):
+    """A statistic of the data, as batch normalisation keeps them."""
+
+
+class Cache(Variable[A]):
+    """A value kept from one call to the next, as attention keeps keys and values."""
+
+
+class Intermediate(Variable[A]):
+    """What ``Module.sow`` stores."""
+
+
+class Perturbation(Intermediate[A]):
+    """What ``Module.perturb`` adds to a value, to take the value's gradient."""
 
 
 def register_variable_name(name: str, typ: Any = _MISSING, *, overwrite: bool = False) -> Any:

@@ -1,0 +1,130 @@
+// Rows of activations as the tiles of a matmul read them, over whichever `Simd` was included before.
+#pragma once
+
+#include "matmul.h"
+
+namespace distaff {
+namespace {
+
+Simd::F load_some(const float* from, int64_t count) {
+  return count == kLanes ? Simd::load(from) : Simd::load_first(from, count);
+}
+
+Simd::F load_some(const uint16_t* from, int64_t count) {
+  if (count == kLanes) return Simd::load(from);
+  uint16_t padded[kLanes] = {};
+  __builtin_memcpy(padded, from, count * sizeof *from);
+  return Simd::load(padded);
+}
+
+// 1 / sqrt(mean of squares + epsilon).
+template <typename X>
+float norm_scale(const X* x, int64_t size, float epsilon) {
+  constexpr int kChains = 4;  // one sum would wait for itself
+  Simd::F squares[kChains];
+  for (Simd::F& sum : squares) sum = Simd::zero();
+  int64_t k = 0;
+  for (; k + kChains * kLanes <= size; k += kChains * kLanes) {
+    unrolled<kChains>([&](auto i) DISTAFF_UNROLLED {
+      const Simd::F a = Simd::load(x + k + i * kLanes);
+      squares[i] = Simd::fma(a, a, squares[i]);
+    });
+  }
+  for (; k < size; k += kLanes) {
+    const Simd::F a = load_some(x + k, least(size - k, kLanes));
+    squares[0] = Simd::fma(a, a, squares[0]);
+  }
+  const Simd::F sum = Simd::add(Simd::add(squares[0], squares[1]), Simd::add(squares[2], squares[3]));
+  return 1.0f / __builtin_sqrtf(Simd::sum(sum) / static_cast<float>(size) + epsilon);
+}
+
+// to[k] = change(x[k], k) for k < size, and zero from there to `padded`. Meanwhile the next row comes near.
+template <typename X, typename Change>
+void map_row(const X* x, int64_t size, int64_t padded, float* to, Change change) {
+  int64_t k = 0;
+  for (; k + kLanes <= size; k += kLanes) {
+    Simd::prefetch(x + size + k);
+    Simd::store(to + k, change(Simd::load(x + k), k, kLanes));
+  }
+  if (k < size) Simd::store(to + k, change(load_some(x + k, size - k), k, size - k));
+  for (k = round_up(size, kLanes); k < padded; k += kLanes) Simd::store(to + k, Simd::zero());
+}
+
+// Row `row` of x in float32, normalised if the call says so, with zeros up to prepare_floats().
+template <typename X>
+void normalised_row(const Matmul& call, int64_t row, float* to) {
+  const int64_t size = call.weight.rows, padded = prepare_floats(call);
+  const X* x = static_cast<const X*>(call.x) + row * size;
+  if (call.norm_weight == nullptr) {
+    map_row(x, size, padded, to, [](Simd::F a, int64_t, int64_t) { return a; });
+  } else {
+    const Simd::F scale = Simd::all(norm_scale(x, size, call.norm_epsilon));
+    map_row(x, size, padded, to, [scale, weight = call.norm_weight](Simd::F a, int64_t k, int64_t count) {
+      return Simd::mul(Simd::mul(a, scale), load_some(weight + k, count));
+    });
+  }
+}
+
+// int8 of `groups` (at most 16) times `size` floats (a multiple of 32), each group by its largest; `to`, scales, sums and
+// shifts are those of the first.
+void quantise(const float* from, int64_t groups, int64_t size, int32_t zero, int8_t* to, float* scales, float* sums,
+              int32_t* shifts) {
+  Simd::F each[kLanes];
+  for (int64_t g = groups; g < kLanes; ++g) each[g] = Simd::zero();
+  const auto size_at = [from](int64_t k) { return Simd::abs(Simd::load(from + k)); };
+  for (int64_t g = 0, k = 0; g < groups; ++g) {
+    Simd::F largest = Simd::zero();
+    for (const int64_t end = k + size; k < end; k += 2 * kLanes) {
+      largest = Simd::max(largest, Simd::max(size_at(k), size_at(k + kLanes)));
+    }
+    each[g] = largest;
+  }
+  const Simd::F largest = Simd::largest_each(each), most = Simd::all(127.0f), scale = Simd::div(largest, most);
+  alignas(64) float inverses[kLanes], counts[kLanes];
+  Simd::store(inverses, Simd::div(most, Simd::max(largest, Simd::all(1e-36f))));  // of zeros only, anything finite
+  for (int64_t g = 0, k = 0; g < groups; ++g) {
+    const Simd::F inverse = Simd::all(inverses[g]);
+    Simd::I sum = Simd::int_zero();
+    for (const int64_t end = k + size; k < end; k += 2 * kLanes) {
+      const Simd::I a = Simd::nearest(Simd::mul(Simd::load(from + k), inverse));
+      const Simd::I b = Simd::nearest(Simd::mul(Simd::load(from + k + kLanes), inverse));
+      Simd::store_int8(to + k, a);
+      Simd::store_int8(to + k + kLanes, b);
+      sum = Simd::int_add(sum, Simd::int_add(a, b));
+    }
+    each[g] = Simd::to_float(sum);  // whole numbers below 2^24
+  }
+  const Simd::F count = Simd::sum_each(each);
+  Simd::store(counts, count);
+  Simd::store_first(scales, scale, groups);
+  Simd::store_first(sums, Simd::mul(scale, count), groups);
+  for (int64_t g = 0; g < groups; ++g) shifts[g] = -zero * static_cast<int32_t>(counts[g]);
+}
+
+void prepare(const Matmul& call, int64_t row_begin, int64_t row_end, const Activations& to, float* scratch) {
+  const int64_t floats = prepare_floats(call), groups = call.weight.groups();
+  const int64_t size = call.weight.group > 0 ? call.weight.group : floats;
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const int64_t at = row - row_begin;
+    uint8_t* values = to.values + at * to.stride;
+    float* x = call.x_as == Activations::Kind::kFloat32 ? reinterpret_cast<float*>(values) : scratch;
+    if (call.x_is_bf16) {
+      normalised_row<uint16_t>(call, row, x);
+    } else {
+      normalised_row<float>(call, row, x);
+    }
+    if (call.x_as == Activations::Kind::kBfloat16) {
+      auto* bf16 = reinterpret_cast<uint16_t*>(values);
+      for (int64_t k = 0; k < floats; k += kLanes) Simd::store(bf16 + k, Simd::load(x + k));
+    } else if (call.x_as == Activations::Kind::kInt8) {
+      for (int64_t g = 0; g < groups; g += kLanes) {
+        const int64_t first = at * groups + g;
+        quantise(x + g * size, least(groups - g, kLanes), size, call.weight.zero(),
+                 reinterpret_cast<int8_t*>(values) + g * size, to.scales + first, to.sums + first, to.shifts + first);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace distaff
