@@ -12,12 +12,28 @@ import numpy as np
 from jax import lax
 from jax._src import core as _src_core
 from jax._src import dtypes, earray
-from jax._src.hijax import Box as Box
 from jax._src.interpreters import batching as _batching
 from jax._src.interpreters import pxla
 from jax.extend import core as _core
 from jax.extend import linear_util as _linear_util
 from jax.interpreters import partial_eval as _partial_eval
+
+try:
+    from jax._src.hijax import Box as Box
+except ImportError:  # JAX has had no boxes since 0.11
+
+    class Box:  # type: ignore[no-redef]
+        """In the place of JAX's box: there is none, and making one says so."""
+
+        def __init__(self, value: Any) -> None:
+            raise BoxesMissingError(
+                f"hijax=True keeps a variable's value in a box of JAX's, and JAX {jax.__version__} has none; take "
+                "ref=True for variables that change in place, or JAX 0.10"
+            )
+
+
+class BoxesMissingError(NotImplementedError):
+    """This version of JAX has nothing to keep the value of a variable with ``hijax=True`` in."""
 
 
 class Unknown:

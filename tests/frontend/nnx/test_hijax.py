@@ -9,6 +9,18 @@ import optax
 import pytest
 
 from distaff.frontend import nnx
+from distaff.frontend.jax_compat import Box, BoxesMissingError
+
+HAS_BOXES = not Box.__module__.startswith("distaff")
+needs_boxes = pytest.mark.skipif(not HAS_BOXES, reason="this version of JAX has no boxes")
+
+
+@pytest.mark.smoke
+@pytest.mark.skipif(HAS_BOXES, reason="this version of JAX has boxes")
+def test_variables_with_hijax_are_refused_where_jax_has_no_boxes():
+    with pytest.raises(BoxesMissingError, match="take ref=True"):
+        nnx.Param(jnp.arange(3.0), hijax=True)
+    assert nnx.Param(jnp.arange(3.0), ref=True).ref
 
 
 @pytest.fixture(scope="module", params=["distaff", "flax"])
@@ -16,6 +28,7 @@ def lib(request):
     return nnx if request.param == "distaff" else pytest.importorskip("flax.nnx")
 
 
+@needs_boxes
 def test_jax_jit_changes_it(lib):
     v = lib.Param(jnp.arange(3.0), hijax=True, note="kept")
 
@@ -31,6 +44,7 @@ def test_jax_jit_changes_it(lib):
     np.testing.assert_array_equal(v[...], [-1, 3, 4])
 
 
+@needs_boxes
 def test_metadata_of_boxes():
     v = nnx.Param(1.0, hijax=True, note=1)
     v.set_metadata({"other": 2})
@@ -41,6 +55,7 @@ def test_metadata_of_boxes():
         v.del_metadata("hijax")
 
 
+@needs_boxes
 def test_structure_of_the_value_may_change(lib):
     metrics = lib.Variable({}, hijax=True)
 
@@ -53,6 +68,7 @@ def test_structure_of_the_value_may_change(lib):
     assert dict(metrics.get_value()) == {"sum": 5}
 
 
+@needs_boxes
 def test_captured_by_functions_that_are_transformed(lib):
     v = lib.Variable(jnp.array(2.0), hijax=True)
 
@@ -71,6 +87,7 @@ def test_captured_by_functions_that_are_transformed(lib):
     assert v[...] == 15
 
 
+@needs_boxes
 @pytest.mark.parametrize("ref", [False, True])
 @pytest.mark.parametrize("hijax", [False, True])
 def test_copies_of_other_kinds(lib, hijax, ref):
@@ -84,6 +101,7 @@ def test_copies_of_other_kinds(lib, hijax, ref):
         assert lib.with_vars(made, hijax=hijax, ref=ref) is made
 
 
+@needs_boxes
 def test_training_step_of_jax(flax_nnx):
     def losses(lib):
         class Net(lib.Module):
@@ -118,6 +136,7 @@ def test_training_step_of_jax(flax_nnx):
     assert mine[0] > mine[2] and jnp.any(mean != 0)
 
 
+@needs_boxes
 def test_settings_hold_in_their_block(lib):
     assert dict(lib.var_defaults()) == {"hijax": False, "ref": False}
     with lib.var_defaults(hijax=True, ref=False):
@@ -164,6 +183,7 @@ class TestMutableArrays:
             lib.split([ref, ref], graph=False)
 
 
+@needs_boxes
 def test_made_inside_and_returned():
     """Which Flax does not support yet."""
     made, model = nnx.jit(lambda x: (nnx.Param(x, hijax=True), nnx.Dict(a=nnx.Param(2 * x, ref=True))))(jnp.arange(2))
