@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from distaff.runtime.outputs import PositionLogprobs, RequestOutput, SampleLogprobs
-from distaff.runtime.sampling_params import MAX_N, SamplingParams, SamplingParamsError
+from distaff.runtime.sampling_params import MAX_N, SamplingParams, check_int
 
 # Prompts as `LLM.generate` takes them.
 Prompts: TypeAlias = Sequence[Mapping[str, Any]]
@@ -36,11 +36,8 @@ class BeamSearchParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        for name, most in (("beam_width", MAX_N), ("max_tokens", None)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1 or (most is not None and value > most):
-                limits = "at least 1" if most is None else f"an integer in [1, {most}]"
-                raise SamplingParamsError(name, f"must be {limits}, got {value!r}")
+        check_int("beam_width", self.beam_width, 1, MAX_N)
+        check_int("max_tokens", self.max_tokens, 1)
         self.step()  # checks the temperature
 
     def step(self) -> SamplingParams:
@@ -84,6 +81,7 @@ def beam_search(
 ) -> list[BeamSearchOutput]:
     """Searches for all prompts (with ``prompt_token_ids``) side by side: a token of every live beam at a time."""
     searches = [_Search(prompt["prompt_token_ids"], params, end_tokens) for prompt in prompts]
+    step = params.step()
     for _ in range(params.max_tokens):
         beams = [
             {**prompt, "prompt_token_ids": beam.tokens}
@@ -92,7 +90,7 @@ def beam_search(
         ]
         if not beams:
             break
-        outputs = iter(generate(beams, params.step()))
+        outputs = iter(generate(beams, step))
         for search in searches:
             search.advance([next(outputs) for _ in search.beams])
     return [search.result() for search in searches]

@@ -224,11 +224,11 @@ class LLM:
                 )
             given.append({"prompt": text, "prompt_token_ids": token_ids, "cache_salt": salt})
         at_once = concurrency_limit or max(1, len(given))
+        generate = functools.partial(self.generate, use_tqdm=False, lora_request=lora_request)
         outputs: list[BeamSearchOutput] = []
         with _progress_bar(len(given), use_tqdm) as advance:
             for first in range(0, len(given), at_once):
                 chosen = given[first : first + at_once]
-                generate = functools.partial(self.generate, use_tqdm=False, lora_request=lora_request)
                 outputs += beam_search(generate, chosen, params, self.engine.eos_token_ids)
                 advance(len(chosen))
         for sequence in (sequence for output in outputs for sequence in output.sequences):

@@ -176,7 +176,7 @@ class SamplingParams:
                 setattr(self, name, int(getattr(self, name)))
 
     def _check_numbers(self) -> None:
-        _check_int("n", self.n, 1, MAX_N)
+        check_int("n", self.n, 1, MAX_N)
         _check_float("presence_penalty", self.presence_penalty, -2, 2)
         _check_float("frequency_penalty", self.frequency_penalty, -2, 2)
         _check_float("repetition_penalty", self.repetition_penalty, 0, math.inf, low_open=True)
@@ -185,9 +185,9 @@ class SamplingParams:
             logger.warning("temperature %s is raised to %s, the least above 0", self.temperature, LEAST_TEMPERATURE)
             self.temperature = LEAST_TEMPERATURE
         _check_float("top_p", self.top_p, 0, 1, low_open=True)
-        _check_int("top_k", self.top_k, -1)
+        check_int("top_k", self.top_k, -1)
         _check_float("min_p", self.min_p, 0, 1)
-        _check_int("min_tokens", self.min_tokens, 0)
+        check_int("min_tokens", self.min_tokens, 0)
         for name, low, high in (
             ("seed", -(2**63), 2**63 - 1),
             ("max_tokens", 1, None),
@@ -197,7 +197,7 @@ class SamplingParams:
         ):
             value = getattr(self, name)
             if value is not None:
-                _check_int(name, value, low, high)
+                check_int(name, value, low, high)
         if self.is_greedy:
             self.top_p, self.top_k, self.min_p = 1.0, 0, 0.0
         if self.truncate_prompt_tokens == 0:
@@ -214,7 +214,8 @@ class SamplingParams:
                 raise SamplingParamsError(name, "is not supported")
 
 
-def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raises `SamplingParamsError` unless ``value`` is an integer from ``low`` on, up to ``high`` if given."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise SamplingParamsError(name, f"must be an integer, got {value!r}")
     if value < low or (high is not None and value > high):
@@ -242,7 +243,7 @@ def _as_token_ids(name: str, value: object) -> list[int]:
     """Token ids without repetitions."""
     ids = _as_list(name, value)
     for token_id in ids:
-        _check_int(name, token_id, 0)
+        check_int(name, token_id, 0)
     return list(dict.fromkeys(ids))
 
 
@@ -252,7 +253,7 @@ def _as_logit_bias(value: Mapping[Any, Any]) -> dict[int, float]:
     biases = {}
     for key, bias in value.items():
         token_id = int(key) if isinstance(key, str) and key.isdecimal() else key
-        _check_int("logit_bias", token_id, 0)
+        check_int("logit_bias", token_id, 0)
         _check_float("logit_bias", bias, -math.inf, math.inf)
         biases[token_id] = min(MAX_LOGIT_BIAS, max(-MAX_LOGIT_BIAS, float(bias)))
     return biases
