@@ -43,19 +43,25 @@ def flatten_dict(
     """
     if not isinstance(xs, FrozenDict | dict):
         raise TypeError(f"flatten_dict takes a dict or FrozenDict, got {type(xs)}")
-    flat: dict[Any, Any] = {}
+    pairs = flat_items(xs, (FrozenDict, dict), keep_empty_nodes, is_leaf)
+    return {path if sep is None else sep.join(path): value for path, value in pairs}
 
-    def visit(value: Any, path: tuple[Any, ...]) -> None:
-        if not isinstance(value, FrozenDict | dict) or (is_leaf and is_leaf(path, value)):
-            flat[path if sep is None else sep.join(path)] = value
-        elif value:
-            for key, item in value.items():
-                visit(item, (*path, key))
-        elif keep_empty_nodes and path:
-            flat[path if sep is None else sep.join(path)] = empty_node
 
-    visit(xs, ())
-    return flat
+def flat_items(
+    xs: Any,
+    kinds: Any,  # as for `isinstance`
+    keep_empty_nodes: bool,
+    is_leaf: Callable[[tuple[Any, ...], Any], bool] | None,
+    path: tuple[Any, ...] = (),
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Paths and values of nested mappings of these ``kinds``; the rest as for ``flatten_dict``."""
+    if not isinstance(xs, kinds) or (is_leaf and is_leaf(path, xs)):
+        yield path, xs
+    elif xs:
+        for key, value in xs.items():
+            yield from flat_items(value, kinds, keep_empty_nodes, is_leaf, (*path, key))
+    elif keep_empty_nodes and path:
+        yield path, empty_node
 
 
 def unflatten_dict(xs: Mapping[Any, Any], sep: str | None = None) -> dict[Any, Any]:

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from distaff.frontend.traverse_util import empty_node as empty_node
-from distaff.frontend.traverse_util import unflatten_dict
+from distaff.frontend.traverse_util import flat_items, unflatten_dict
 
 IsLeaf = Callable[[tuple[Any, ...], Mapping[Any, Any]], bool]
-
-
-def _flat(xs: Any, path: tuple[Any, ...], is_leaf: IsLeaf | None, keep_empty: bool) -> Iterator[tuple[Any, Any]]:
-    if not isinstance(xs, Mapping) or (is_leaf is not None and is_leaf(path, xs)):
-        yield path, xs
-    elif keep_empty and path and not xs:
-        yield path, empty_node
-    else:
-        for key, value in xs.items():
-            yield from _flat(value, (*path, key), is_leaf, keep_empty)
 
 
 def flatten_to_sequence(xs: Mapping[Any, Any], /, *, is_leaf: IsLeaf | None = None) -> list[tuple[Any, Any]]:
@@ -27,7 +17,7 @@ def flatten_to_sequence(xs: Mapping[Any, Any], /, *, is_leaf: IsLeaf | None = No
     Raises:
         TypeError: ``xs`` is no mapping.
     """
-    return list(_flat(_checked(xs), (), is_leaf, False))
+    return list(flat_items(_checked(xs), (Mapping,), False, is_leaf))
 
 
 def flatten_mapping(
@@ -43,7 +33,7 @@ def flatten_mapping(
     Raises:
         TypeError: ``xs`` is no mapping.
     """
-    pairs = _flat(_checked(xs), (), is_leaf, keep_empty_nodes)
+    pairs = flat_items(_checked(xs), (Mapping,), keep_empty_nodes, is_leaf)
     return {path if sep is None else sep.join(path): value for path, value in pairs}
 
 

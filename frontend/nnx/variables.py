@@ -32,6 +32,10 @@ _NO_METADATA: dict[str, Any] = {}
 _DEFAULTS = {"hijax": False, "ref": False, "eager_sharding": True}
 
 
+def _without_defaults(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metadata.items() if key not in _DEFAULTS or value != _DEFAULTS[key]}
+
+
 class Variable(Generic[A]):
     """A box of one value. Subclasses are the kinds that filters select by: ``nnx.Param``, ``nnx.BatchStat``...
 
@@ -181,7 +185,7 @@ class Variable(Generic[A]):
             )
         if self.hijax != changed.setdefault("hijax", self.hijax):
             raise ValueError("Whether a variable is hijax stays as it is; make a copy: variable.copy(hijax=...).")
-        _set_metadata(self, {k: v for k, v in changed.items() if k not in _DEFAULTS or v != _DEFAULTS[k]})
+        _set_metadata(self, _without_defaults(changed))
 
     def del_metadata(self, name: str) -> None:
         """Remove one piece of metadata.
@@ -336,7 +340,7 @@ class Variable(Generic[A]):
         if not updates and hijax is self.hijax:
             return self._of(raw, self._var_metadata)
         metadata = {**self._var_metadata, **updates, "hijax": hijax}
-        return self._of(raw, {k: v for k, v in metadata.items() if k not in _DEFAULTS or v != _DEFAULTS[k]})
+        return self._of(raw, _without_defaults(metadata))
 
     replace = copy
     to_state = copy
@@ -344,7 +348,7 @@ class Variable(Generic[A]):
     @classmethod
     def from_metadata(cls, value: Any, attributes: dict[str, Any]) -> Self:
         """A variable that stores ``value`` as it is, with this metadata; no hook runs."""
-        metadata = {k: v for k, v in attributes.items() if k not in _DEFAULTS or v != _DEFAULTS[k]}
+        metadata = _without_defaults(attributes)
         ref = metadata.pop("ref", isinstance(value, jax.Ref))
         return cls._of(stored(value, metadata.get("hijax", False), ref), metadata or _NO_METADATA)
 
