@@ -277,10 +277,13 @@ void multiply(const Matmul& call, const Activations& x, const Block& block, int6
         t.a_sums = x.sums + at;
       }
       choice.of(call, count)(t);
+      // At once, while the sums are near, so that memory takes results all along.
+      if (completes && step + piece >= steps) {
+        finish(call, block.row_begin + row, count, {sums.panel, sums.panels, sums.values + row * t.c_stride});
+      }
       row += count;
     }
   }
-  if (completes) finish(call, block.row_begin, rows, sums);
 }
 
 void compute_block(const Matmul& call, const Activations& x, const Block& block, float* scratch) {
