@@ -83,20 +83,27 @@ void int_tile(const Tile& t) {
 
 using TileFunction = void (*)(const Tile&);
 
-template <int R, int P>
-TileFunction tile_of(const Matmul& call) {
-  if (call.x_as == Activations::Kind::kFloat32) return float_tile<Float32, R, P>;
-  if (call.x_as == Activations::Kind::kBfloat16) return float_tile<Bfloat16, R, P>;
-  if (call.weight.kind == WeightKind::kInt4) return int_tile<true, true, R, P>;
-  return call.weight.group > 0 ? int_tile<false, true, R, P> : int_tile<false, false, R, P>;
-}
+struct FloatTiles {
+  template <int R, int P>
+  static TileFunction of(const Matmul& call) {
+    return call.x_as == Activations::Kind::kFloat32 ? float_tile<Float32, R, P> : float_tile<Bfloat16, R, P>;
+  }
+};
 
-template <int R, int P>
+struct IntTiles {
+  template <int R, int P>
+  static TileFunction of(const Matmul& call) {
+    if (call.weight.kind == WeightKind::kInt4) return int_tile<true, true, R, P>;
+    return call.weight.group > 0 ? int_tile<false, true, R, P> : int_tile<false, false, R, P>;
+  }
+};
+
+template <typename Tiles, int R, int P>
 TileFunction tile_of_rows(const Matmul& call, int64_t rows) {
   if constexpr (R > 1) {
-    if (rows < R) return tile_of_rows<R - 1, P>(call, rows);
+    if (rows < R) return tile_of_rows<Tiles, R - 1, P>(call, rows);
   }
-  return tile_of<R, P>(call);
+  return Tiles::template of<R, P>(call);
 }
 
 // How many rows the tiles of a call have at most, and the kernel for some of them.
@@ -107,18 +114,20 @@ struct TileChoice {
 
 template <int P>
 TileChoice choose_tiles(const Matmul& call) {
+  const bool is_int8 = call.x_as == Activations::Kind::kInt8;
 #ifdef DISTAFF_HAS_MATRIX_UNIT
   if constexpr (P > 1) {
     if (call.x_as == Activations::Kind::kBfloat16) {
       return {MatrixUnit::kRows, [](const Matmul&, int64_t) -> TileFunction { return unit_bf16_tile<P>; }};
     }
-    if (call.x_as == Activations::Kind::kInt8 && call.weight.group == 0) {
+    if (is_int8 && call.weight.group == 0) {
       return {MatrixUnit::kRows, [](const Matmul&, int64_t) -> TileFunction { return unit_int8_tile<P>; }};
     }
   }
 #endif
-  (void)call;
-  return {Simd::kRows, tile_of_rows<Simd::kRows, P>};
+  if (is_int8) return {Simd::kRows, tile_of_rows<IntTiles, Simd::kRows, P>};
+  constexpr int kRows = P == 2 ? Simd::kRows * Simd::kPanels / P : Simd::kRows;
+  return {kRows, tile_of_rows<FloatTiles, kRows, P>};
 }
 
 // --- blocks ---
@@ -209,7 +218,7 @@ void finish(const Matmul& call, int64_t first_row, int64_t rows, const Sums& sum
 // How many steps of some panels all rows pass before the next ones. With few rows these are few, so that memory does not
 // wait long for the first rows; sums of integers cost more to put away, and with many rows memory has time.
 int64_t piece_steps(const WeightMatrix& weight, int64_t rows, int64_t panels) {
-  const int64_t most_bytes = (rows > 64 ? 256 : rows > 16 && weight.quantised() ? 40 : 24) * 1024;
+  const int64_t most_bytes = (rows > 64 ? 256 : rows > 16 ? 40 : 24) * 1024;
   const int64_t pieces = (panels * weight.panel_bytes() + most_bytes - 1) / most_bytes;
   const int64_t steps = weight.padded_rows() / weight.step_rows();
   return round_up((steps + pieces - 1) / pieces, weight.group > 0 ? weight.group / weight.step_rows() : 1);
@@ -299,10 +308,10 @@ void compute_block(const Matmul& call, const Activations& x, const Block& block,
     }
   };
   if (rows > 3) {  // with fewer, one panel after the other is read faster
-    // Tiles with groups keep two sums for every number.
-    const bool grouped = call.weight.group > 0 && !call.widens();
+    // Tiles of integers with groups keep two sums for every number; those of floats are high in place of wide.
+    const bool is_float = call.x_as != Activations::Kind::kInt8;
     if constexpr (Simd::kPanels >= 4) {
-      if (!grouped) take(Constant<4>{});
+      if (!is_float && call.weight.group == 0) take(Constant<4>{});
       take(Constant<2>{});
     }
   }
