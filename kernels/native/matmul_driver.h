@@ -85,7 +85,7 @@ class Workspace {
     to.scales = reinterpret_cast<float*>(to.values + rows * to.stride);
     to.sums = to.scales + groups;
     to.shifts = reinterpret_cast<int32_t*>(to.sums + groups);
-    kernels.prepare(call, block.row_begin, block.row_end, to, floats(prepare_floats(call)));
+    kernels.prepare(call, block, to, floats(prepare_floats(call)));
     number_ = number;
     first_row_ = block.row_begin;
     return to;

@@ -278,7 +278,8 @@ void multiply(const Matmul& call, const Activations& x, const Block& block, int6
       t.rows = count;
       t.a = x.values + row * x.stride + step * a_step;
       t.c = sums.values + row * t.c_stride + (panel - sums.panel) * kLanes;
-      t.next = next + i * t.steps * t.next_step;
+      t.fetch_every = tiles;
+      t.next = call.x_as == Activations::Kind::kInt8 ? next + i * t.steps * t.next_step : next + i * ((t.steps + tiles - 1) / tiles) * kStepBytes;
       if (call.x_as == Activations::Kind::kInt8) {
         const int64_t at = row * groups + group;
         t.a_scales = x.scales + at;

@@ -20,6 +20,7 @@ struct Tile {
   // bytes a step.
   const uint8_t* next;
   int64_t next_step;
+  int64_t fetch_every;
   float* c;  // the sums so far, [rows][panels * 16]
   int64_t c_stride;
   bool first;  // there are no sums so far
@@ -104,14 +105,22 @@ void float_tile(const Tile& t) {
       acc[r][p] = t.first ? Simd::zero() : Simd::load(t.c + r * t.c_stride + p * kLanes);
     });
   });
-  for (int64_t s = 0; s < t.steps; ++s) {
-    if constexpr (kFetches) fetch_next<P>(t, s);
+  const auto dot = [&](int64_t s) DISTAFF_UNROLLED {
     typename Format::W w[P];
     unrolled<P>([&](auto p) DISTAFF_UNROLLED { w[p] = Format::load(t.w + p * t.w_stride + s * kStepBytes); });
     unrolled<R>([&](auto r) DISTAFF_UNROLLED {
       const typename Format::W x = Format::repeat(t.a + r * t.a_stride + s * 4);
       unrolled<P>([&](auto p) DISTAFF_UNROLLED { acc[r][p] = Format::dot(acc[r][p], w[p], x); });
     });
+  };
+  if constexpr (kFetches && P > 1) {
+    const uint8_t* next = t.next;
+    for (int64_t s = 0; s < t.steps; next += kStepBytes) {
+      unrolled<P>([&](auto p) DISTAFF_UNROLLED { Simd::prefetch(next + p * t.w_stride); });
+      for (const int64_t end = least(s + t.fetch_every, t.steps); s < end; ++s) dot(s);
+    }
+  } else {
+    for (int64_t s = 0; s < t.steps; ++s) dot(s);
   }
   unrolled<R>([&](auto r) DISTAFF_UNROLLED {
     unrolled<P>([&](auto p) DISTAFF_UNROLLED { Simd::store(t.c + r * t.c_stride + p * kLanes, acc[r][p]); });
