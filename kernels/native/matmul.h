@@ -91,6 +91,8 @@ struct Block {
 
 // What is compiled once for each processor level.
 struct MatmulKernels {
+  // How many panels are computed together.
+  int64_t (*tile_panels)(const Matmul&);
   // Makes the rows of a block ready, the first of a thread's blocks of them; `scratch` holds prepare_floats().
   void (*prepare)(const Matmul&, const Block&, const Activations&, float* scratch);
   // Computes a block of the result from its rows of x; `scratch` holds block_floats() and is 64-byte aligned.

@@ -38,12 +38,12 @@ float norm_scale(const X* x, int64_t size, float epsilon) {
   return 1.0f / __builtin_sqrtf(Simd::sum(sum) / static_cast<float>(size) + epsilon);
 }
 
-// to[k] = change(x[k], k) for k < size, and zero from there to `padded`. Meanwhile the next row comes near.
+// to[k] = change(x[k], k) for k < size, and zero from there to `padded`. Meanwhile the row after the next comes near.
 template <typename X, typename To, typename Change>
 void map_row(const X* x, int64_t size, int64_t padded, To* to, Change change) {
   int64_t k = 0;
   for (; k + kLanes <= size; k += kLanes) {
-    Simd::prefetch(x + size + k);
+    Simd::prefetch(x + 2 * size + k);
     Simd::store(to + k, change(Simd::load(x + k), k, kLanes));
   }
   if (k < size) Simd::store(to + k, change(load_some(x + k, size - k), k, size - k));

@@ -296,9 +296,19 @@ void multiply(const Matmul& call, const Activations& x, const Block& block, int6
   }
 }
 
+// How many panels tiles of a call take at once.
+int64_t tile_panels(const Matmul& call) {
+  if (call.m <= 3 || Simd::kPanels < 4) return 1;  // with few rows, one panel after the other is read faster
+#ifdef DISTAFF_HAS_MATRIX_UNIT
+  if (call.x_as == Activations::Kind::kBfloat16) return 4;
+#endif
+  // Those of floats are high in place of wide, so that panels stay near; those of integers with groups keep two sums
+  // for every number.
+  return call.x_as == Activations::Kind::kInt8 && call.weight.group == 0 ? 4 : 2;
+}
+
 void compute_block(const Matmul& call, const Activations& x, const Block& block, float* scratch) {
-  const int64_t rows = block.row_end - block.row_begin;
-  float* widened = scratch + rows * kMostTilePanels * kLanes;
+  float* widened = scratch + (block.row_end - block.row_begin) * kMostTilePanels * kLanes;
   int64_t panel = block.panel_begin;
   const auto take = [&](auto count) {
     constexpr int kCount = decltype(count)::kValue;
@@ -308,18 +318,15 @@ void compute_block(const Matmul& call, const Activations& x, const Block& block,
       for (int64_t p = 0; p < together; p += kCount) multiply<kCount>(call, x, block, panel + p, sums, widened);
     }
   };
-  if (rows > 3) {  // with fewer, one panel after the other is read faster
-    // Tiles of integers with groups keep two sums for every number; those of floats are high in place of wide.
-    const bool is_float = call.x_as != Activations::Kind::kInt8;
-    if constexpr (Simd::kPanels >= 4) {
-      if (!is_float && call.weight.group == 0) take(Constant<4>{});
-      take(Constant<2>{});
-    }
+  if constexpr (Simd::kPanels >= 4) {
+    const int64_t panels = tile_panels(call);
+    if (panels == 4) take(Constant<4>{});
+    if (panels >= 2) take(Constant<2>{});
   }
   take(Constant<1>{});
 }
 
-constexpr MatmulKernels kMatmul{prepare, compute_block};
+constexpr MatmulKernels kMatmul{tile_panels, prepare, compute_block};
 
 }  // namespace
 }  // namespace distaff
