@@ -32,6 +32,7 @@ void int_tile(const Tile& t) {
     });
   };
   if constexpr (kGrouped) load_sums();
+  NextPanels<P> next(t);
   for (int64_t g = 0, done = 0; done < t.steps; ++g, done += t.group_steps) {
     Simd::I acc[R][P];
     unrolled<R>([&](auto r) DISTAFF_UNROLLED {
@@ -47,7 +48,7 @@ void int_tile(const Tile& t) {
     };
     const int64_t end = least(done + t.group_steps, t.steps);
     for (int64_t s = done; s < end; ++s) {
-      fetch_next<P>(t, s);
+      next.step();
       const auto load = [&](int p) DISTAFF_UNROLLED { return Simd::load_64(t.w + p * t.w_stride + s * kStepBytes); };
       Simd::I w[P];
       if constexpr (kInt4) {
@@ -243,7 +244,7 @@ void multiply(const Matmul& call, const Activations& x, const Block& block, int6
     t.w_stride = weight.panel_bytes();
     t.steps = least(piece, steps - step);
     const uint8_t* next = t.w + (step + piece < steps ? piece * kStepBytes : P * t.w_stride - step * kStepBytes);
-    t.next_step = (kStepBytes + tiles - 1) / tiles;
+    t.fetch_every = tiles;
     t.c_stride = sums.panels * kLanes;
     t.first = step == 0;
     t.a_stride = x.stride;
@@ -262,8 +263,7 @@ void multiply(const Matmul& call, const Activations& x, const Block& block, int6
       t.w = reinterpret_cast<const uint8_t*>(widened);
       t.w_stride = count * kStepBytes;
       t.steps = count;
-      next = t.w;  // nothing: to widen takes longer than to read
-      t.next_step = 0;
+      t.fetch_every = t.steps + 1;  // hardly: to widen takes longer than to read
       a_step = step_rows * sizeof(float);
     } else if (weight.group > 0) {
       t.group_steps = weight.group / step_rows;
@@ -278,8 +278,7 @@ void multiply(const Matmul& call, const Activations& x, const Block& block, int6
       t.rows = count;
       t.a = x.values + row * x.stride + step * a_step;
       t.c = sums.values + row * t.c_stride + (panel - sums.panel) * kLanes;
-      t.fetch_every = tiles;
-      t.next = call.x_as == Activations::Kind::kInt8 ? next + i * t.steps * t.next_step : next + i * ((t.steps + tiles - 1) / tiles) * kStepBytes;
+      t.next = next + i * ((t.steps + tiles - 1) / tiles) * kStepBytes;
       if (call.x_as == Activations::Kind::kInt8) {
         const int64_t at = row * groups + group;
         t.a_scales = x.scales + at;
