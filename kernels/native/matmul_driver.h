@@ -7,6 +7,7 @@
 #include <atomic>
 #include <bit>
 #include <cstdint>
+#include <numeric>
 
 #include "cpu.h"
 #include "matmul.h"
@@ -31,7 +32,7 @@ class Blocks {
  public:
   // `tile_panels` are computed together.
   Blocks(const Matmul& call, int64_t tile_panels, int64_t threads)
-      : m_(call.m), unit_(std::max<int64_t>(call.panels() % tile_panels == 0 ? tile_panels : 1, call.gated ? 2 : 1)) {
+      : m_(call.m), unit_(std::max<int64_t>(std::gcd(call.panels(), tile_panels), call.gated ? 2 : 1)) {
     // Few enough rows to stay in the second cache, and enough that each thread may read all of W for its own.
     constexpr int64_t kFewestRows = 64, kMostRows = 128, kMostPanels = 8;
     const int64_t rows = std::clamp((m_ + threads - 1) / threads, kFewestRows, kMostRows);
