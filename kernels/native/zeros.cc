@@ -1,5 +1,5 @@
-// The FFI target distaff_zeros: memory that will be read in random places. In pages of 4 KiB half of that reading's time
-// may go into finding them, so the system is asked for huge ones, before it gives any.
+// The FFI target distaff_zeros: memory that will be read in random places. With pages of 4 KiB a good part of that time
+// goes into translating addresses, so the system is asked for huge ones, before it gives any.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kHugePage = int64_t{2} << 20;
 
 // Asks for huge pages where they fit whole. A system without them gives others, which hold the same.
-void prefer_huge_pages(void* data, int64_t bytes) {
+void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   const auto address = reinterpret_cast<uintptr_t>(data);
   const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage, end = (address + bytes) / kHugePage * kHugePage;
