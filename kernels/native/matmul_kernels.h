@@ -245,6 +245,7 @@ void multiply(const Matmul& call, const Activations& x, const Block& block, int6
     t.steps = least(piece, steps - step);
     const uint8_t* next = t.w + (step + piece < steps ? piece * kStepBytes : P * t.w_stride - step * kStepBytes);
     t.fetch_every = tiles;
+    t.once = call.m == rows;
     t.c_stride = sums.panels * kLanes;
     t.first = step == 0;
     t.a_stride = x.stride;

@@ -272,6 +272,7 @@ struct Simd {
   }
 
   __attribute__((always_inline)) static void prefetch(const void* from) { __builtin_prefetch(from, 0, 2); }
+  __attribute__((always_inline)) static void prefetch_once(const void* from) { __builtin_prefetch(from, 0, 0); }
   __attribute__((always_inline)) static void prefetch_near(const void* from) { __builtin_prefetch(from, 0, 3); }
 
  private:

@@ -20,6 +20,7 @@ struct Tile {
   // each panel every so many steps.
   const uint8_t* next;
   int64_t fetch_every;
+  bool once;  // no other rows will read it
   float* c;  // the sums so far, [rows][panels * 16]
   int64_t c_stride;
   bool first;  // there are no sums so far
@@ -92,14 +93,16 @@ DISTAFF_INLINE void unrolled(const Body& body) {
 template <int P>
 class NextPanels {
  public:
-  DISTAFF_INLINE explicit NextPanels(const Tile& t) : next_(t.next), stride_(t.w_stride), every_(t.fetch_every) {}
+  DISTAFF_INLINE explicit NextPanels(const Tile& t) : next_(t.next), stride_(t.w_stride), every_(t.fetch_every), once_(t.once) {}
 
   DISTAFF_INLINE void step() {
     // One panel alone is read by few rows, faster than memory delivers; the processor itself sees what comes next.
     if constexpr (P > 1) {
       if (--left_ > 0) return;
       left_ = every_;
-      unrolled<P>([&](auto p) DISTAFF_UNROLLED { Simd::prefetch(next_ + p * stride_); });
+      unrolled<P>([&](auto p) DISTAFF_UNROLLED {
+        once_ ? Simd::prefetch_once(next_ + p * stride_) : Simd::prefetch(next_ + p * stride_);
+      });
       next_ += kStepBytes;
     }
   }
@@ -107,6 +110,7 @@ class NextPanels {
  private:
   const uint8_t* next_;
   int64_t stride_, every_, left_ = 0;
+  bool once_;
 };
 
 template <typename Format, int R, int P, bool kFetches = true>
