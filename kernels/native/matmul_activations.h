@@ -101,6 +101,49 @@ void quantise(const float* from, int64_t groups, int64_t size, int32_t zero, int
   for (int64_t g = 0; g < groups; ++g) shifts[g] = -zero * static_cast<int32_t>(counts[g]);
 }
 
+// int8 of `groups` times kXGroup floats, each group in steps of `scale` divided by a power of two, as Matmul::x_group
+// says.
+void quantise_in_powers(const float* from, int64_t groups, int32_t zero, int8_t* to, float* scale, int32_t* shifts,
+                        float* origins) {
+  static_assert(kXGroup == 2 * kLanes);
+  const auto size_at = [from](int64_t k) { return Simd::abs(Simd::load(from + k)); };
+  Simd::F each[kLanes], row = Simd::zero();
+  for (int64_t first = 0; first < groups; first += kLanes) {
+    const int64_t count = least(groups - first, kLanes);
+    for (int64_t g = 0; g < kLanes; ++g) {
+      const int64_t k = (first + g) * kXGroup;
+      each[g] = g < count ? Simd::max(size_at(k), size_at(k + kLanes)) : Simd::zero();
+    }
+    const Simd::F largest = Simd::largest_each(each);
+    row = Simd::max(row, largest);
+    Simd::store_first(origins + first, largest, count);
+  }
+  const float least_size = 1e-30f, largest = Simd::largest(Simd::max(row, Simd::all(least_size)));
+  *scale = largest / 127;
+  for (int64_t first = 0; first < groups; first += kLanes) {
+    const int64_t count = least(groups - first, kLanes);
+    const Simd::F sizes = Simd::max(Simd::load_first(origins + first, count), Simd::all(least_size));
+    const Simd::F power = Simd::power_of_two(Simd::min(Simd::div(Simd::all(largest), sizes), Simd::all(0x1p20f)));
+    const Simd::F origin = Simd::div(Simd::all(0x1.8p23f), power);
+    alignas(64) float inverses[kLanes], counts[kLanes];
+    alignas(64) int32_t bits[kLanes];
+    Simd::store(inverses, Simd::mul(Simd::all(127 / largest), power));
+    Simd::store_first(origins + first, origin, count);
+    __builtin_memcpy(bits, &origin, sizeof bits);
+    for (int64_t g = 0; g < count; ++g) {
+      const int64_t k = (first + g) * kXGroup;
+      const Simd::F inverse = Simd::all(inverses[g]);
+      const Simd::I a = Simd::nearest(Simd::mul(Simd::load(from + k), inverse));
+      const Simd::I b = Simd::nearest(Simd::mul(Simd::load(from + k + kLanes), inverse));
+      Simd::store_int8(to + k, a);
+      Simd::store_int8(to + k + kLanes, b);
+      each[g] = Simd::to_float(Simd::int_add(a, b));
+    }
+    Simd::store(counts, Simd::sum_each(each));
+    for (int64_t g = 0; g < count; ++g) shifts[first + g] = bits[g] - zero * static_cast<int32_t>(counts[g]);
+  }
+}
+
 void prepare(const Matmul& call, int64_t row_begin, int64_t row_end, const Activations& to, float* scratch) {
   const int64_t floats = prepare_floats(call), groups = call.weight.groups();
   const int64_t size = call.weight.group > 0 ? call.weight.group : floats;
@@ -116,6 +159,10 @@ void prepare(const Matmul& call, int64_t row_begin, int64_t row_end, const Activ
     if (call.x_as == Activations::Kind::kBfloat16) {
       auto* bf16 = reinterpret_cast<uint16_t*>(values);
       for (int64_t k = 0; k < floats; k += kLanes) Simd::store(bf16 + k, Simd::load(x + k));
+    } else if (call.x_as == Activations::Kind::kInt8 && call.x_group > 0) {
+      const int64_t powers = call.x_groups(), first = at * powers;
+      quantise_in_powers(x, powers, call.weight.zero(), reinterpret_cast<int8_t*>(values), to.scales + at,
+                         to.shifts + first, to.origins + first);
     } else if (call.x_as == Activations::Kind::kInt8) {
       for (int64_t g = 0; g < groups; g += kLanes) {
         const int64_t first = at * groups + g;

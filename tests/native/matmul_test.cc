@@ -83,6 +83,7 @@ struct RandomCall {
     using Kind = Activations::Kind;
     if (w.quantised()) {
       call.x_as = below(random, 3) ? Kind::kInt8 : Kind::kFloat32;
+      if (w.kind == WeightKind::kInt8 && w.group == 0 && below(random, 2)) call.x_group = kXGroup;
     } else {
       call.x_as = w.kind == WeightKind::kFloat32 ? Kind::kFloat32 : Kind::kBfloat16;
     }
@@ -127,14 +128,17 @@ struct RandomCall {
       for (int64_t k = 0; k < size; ++k) values[k] *= scale * norm_weight[k];
     }
     error.assign(size, 0);
-    const int64_t group = call.weight.group > 0 ? call.weight.group : size;
-    for (int64_t k = 0; k < size; ++k) {
+    const auto largest = [&](int64_t begin, int64_t end) {
       double most = 0;
-      for (int64_t i = k / group * group; i < std::min(size, (k / group + 1) * group); ++i) {
-        most = std::max(most, std::abs(values[i]));
-      }
+      for (int64_t k = begin; k < std::min(size, end); ++k) most = std::max(most, std::abs(values[k]));
+      return most;
+    };
+    const int64_t group = call.weight.group > 0 ? call.weight.group : call.x_group > 0 ? call.x_group : size;
+    for (int64_t k = 0; k < size; ++k) {
+      const double most = largest(k / group * group, (k / group + 1) * group);
       using Kind = Activations::Kind;
-      if (call.x_as == Kind::kInt8) error[k] = most / 253;
+      // In powers of two a step may be twice as long, and is never shorter than a part of the row's.
+      if (call.x_as == Kind::kInt8) error[k] = call.x_group > 0 ? most / 126 + largest(0, size) * 1e-6 : most / 253;
       if (call.x_as == Kind::kBfloat16) error[k] = std::abs(values[k]) / 255;
       error[k] += std::abs(values[k]) * 2e-5;  // float32 all along
     }
