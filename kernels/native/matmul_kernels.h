@@ -56,9 +56,7 @@ void int_tile(const Tile& t) {
         unrolled<P>([&](auto p) DISTAFF_UNROLLED { acc[r][p] = Simd::dot_4(acc[r][p], w[p], x); });
       });
     };
-    const int64_t end = least(done + t.group_steps, t.steps);
-    for (int64_t s = done; s < end; ++s) {
-      fetch_next<P>(t, s);
+    const auto step = [&](int64_t s) DISTAFF_UNROLLED {
       const auto load = [&](int p) DISTAFF_UNROLLED { return Simd::load_64(t.w + p * t.w_stride + s * kStepBytes); };
       Simd::I w[P];
       if constexpr (kInt4) {
@@ -69,6 +67,17 @@ void int_tile(const Tile& t) {
       } else {
         unrolled<P>([&](auto p) DISTAFF_UNROLLED { w[p] = load(p); });
         dot(t.a + s * 4, w);
+      }
+    };
+    const int64_t end = least(done + t.group_steps, t.steps);
+    constexpr int kSteps = kXGroup / 4;
+    if (kPowers && end - done == kSteps) {
+      fetch_next_steps<P>(t, done, kSteps);
+      unrolled<kSteps>([&](auto s) DISTAFF_UNROLLED { step(done + s); });
+    } else {
+      for (int64_t s = done; s < end; ++s) {
+        fetch_next<P>(t, s);
+        step(s);
       }
     }
     if constexpr (kPowers) {

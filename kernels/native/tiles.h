@@ -97,6 +97,16 @@ DISTAFF_INLINE void fetch_next(const Tile& t, int64_t step) {
   }
 }
 
+// The same for some steps at once.
+template <int P>
+DISTAFF_INLINE void fetch_next_steps(const Tile& t, int64_t step, int64_t steps) {
+  if constexpr (P > 1) {
+    for (int64_t at = step * t.next_step; at < (step + steps) * t.next_step; at += kStepBytes) {
+      unrolled<P>([&](auto p) DISTAFF_UNROLLED { Simd::prefetch(t.next + p * t.w_stride + at); });
+    }
+  }
+}
+
 template <typename Format, int R, int P, bool kFetches = true>
 void float_tile(const Tile& t) {
   Simd::F acc[R][P];
