@@ -49,9 +49,9 @@ class PanelFormat(WeightFormat):
     ``scale * q (+ offset)`` with q in -128..127. int4: ``scale * (q - 8)`` or ``scale * q + offset`` with q in 0..15.
     So GGUF's Q8_0, Q4_0 and Q4_1 are groups of 32.
 
-    What is multiplied with int8 or int4 is rounded to int8, each row in steps of its largest number / 127, or each group
-    of a row where the weight has groups. With ``x_group`` 32 and no groups, each 32 numbers of a row have its step
-    divided by the largest power of two that their own largest number allows: nearly as good, and as fast as no groups.
+    Activations are rounded to int8 for these, each row in steps of its largest number / 127, or each group of a row
+    where the weight has groups. With ``x_group`` 32 (and no groups) the step of each 32 numbers of a row is the row's,
+    divided by the largest power of two that they allow: nearly as good as groups, and as fast as none.
 
     Raises `WeightFormatError` for what does not exist.
     """

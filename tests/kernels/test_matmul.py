@@ -28,7 +28,7 @@ from distaff.kernels.matmul import (
 )
 from distaff.kernels.registry import explain
 
-FORMATS = ["f32", "bf16", "int8", "int8-channel", "int8g32", "int8g64o", "int8g128", "int4g32", "int4g64", "int4g128o", "q4_1"]
+FORMATS = "f32 bf16 int8 int8-channel int8g32 int8g64o int8g128 int4g32 int4g64 int4g128o q4_1".split()
 ACTIVATIONS = {
     None: lambda x: x,
     "silu": lambda x: x / (1 + np.exp(-x)),
