@@ -53,9 +53,7 @@ _POSITIVE = click.IntRange(min=1)
     "--quantize", default="auto", show_default=True,
     help="Matrices as int8, int4, q4_1 …; gguf: as the file has them; none; auto: gguf where possible, else none.",
 )  # fmt: skip
-@click.option(
-    "--quantize-tables", help="Embedding and logits likewise.  [default: int8g32 for int8 and int4, else as --quantize]"
-)
+@click.option("--quantize-tables", help="Embedding and logits likewise.  [default: int8 for int4, else as --quantize]")
 @click.option(
     "--kv-cache-dtype", type=click.Choice(["auto", "float32", "bfloat16", "int8"]), default="auto", show_default=True
 )

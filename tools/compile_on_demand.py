@@ -47,8 +47,7 @@ class CompileOptions:
     "none", a `WeightFormat` name ("int8", "int4", "int4g64", …) for the model's matrices, or "gguf": those that a GGUF
     file holds as Q8_0, Q4_0 or Q4_1 are kept bit for bit, and others are in ``dtype``. "auto" is "gguf" where the
     native kernels read such blocks, unless ``dtype`` says something else, and "none" for other checkpoints.
-    ``quantize_tables`` is a format for the embedding and the logits (default: int8g32 for int8 and 4-bit matrices, else
-    as they).
+    ``quantize_tables`` is a format for the embedding and the logits (default: int8 for 4-bit matrices, else as they).
     ``kv_cache_dtype`` "auto" is as ``dtype``. ``max_model_len`` None is the model's own limit up to
     `DEFAULT_MAX_MODEL_LEN`; ``buckets`` is text in the form of `distaff.compiler.buckets.parse_buckets`. Raises
     `BucketError`, or ValueError for formats that there are not.
@@ -93,8 +92,7 @@ class CompileOptions:
         if self.quantize in ("auto", "none") and not packable:
             return None
         matrices = WeightFormat.parse(self.resolved_dtype() if plain else self.quantize)
-        in_groups = matrices.kind == "int4" or matrices.name == "int8"
-        tables = self.quantize_tables or ("int8g32" if in_groups else matrices.name)
+        tables = self.quantize_tables or ("int8" if matrices.kind == "int4" else matrices.name)
         return WeightFormats(matrices, WeightFormat.parse(tables))
 
     def stored(self, loaded: LoadedModel) -> Mapping[str, StoredBlocks]:

@@ -51,7 +51,7 @@ class PanelFormat(WeightFormat):
 
     Activations are rounded to int8 for these, each row in steps of its largest number / 127, or each group of a row
     where the weight has groups. With ``x_group`` 32 (and no groups) the step of each 32 numbers of a row is the row's,
-    divided by the largest power of two that they allow: nearly as good as groups, and as fast as none.
+    divided by the largest power of two that they allow: better than none, and nearly as fast.
 
     Raises `WeightFormatError` for what does not exist.
     """
@@ -95,13 +95,13 @@ class PanelFormat(WeightFormat):
 
     @property
     def name(self) -> str:
-        """f32, bf16, int8, int8-channel, int8g64, int4g32, q4_1 ..."""
+        """f32, bf16, int8-channel, int8x32, int8g64, int4g32, q4_1 ..."""
         if not self.quantised:
             return _SHORT[self.kind]
         if self.offsets and (self.kind, self.group) == ("int4", 32):
             return "q4_1"
         if self.x_group:
-            return "int8"
+            return f"int8x{self.x_group}"
         return f"{self.kind}g{self.group}{'o' * self.offsets}" if self.group else f"{self.kind}-channel"
 
     def __str__(self) -> str:
@@ -173,17 +173,17 @@ class PanelFormat(WeightFormat):
         return matrix
 
 
-@weight_formats("f32", "bf16", "int8", "int8g32", "int8-channel", "int4", "q4_1")
+@weight_formats("f32", "bf16", "int8", "int8x32", "int8-channel", "int4", "q4_1")
 def read_name(name: str) -> PanelFormat | None:
     """Names as `PanelFormat.name` writes them, the kinds, and GGUF's Q8_0, Q4_0, Q4_1.
 
-    int8 alone has a scale for every column and groups of activations. int4 alone is in groups of 32 with offsets: 16
-    values are too few to spend half on one sign.
+    int8 and int4 alone are in groups of 32, int4 with offsets: 16 values are too few to spend half on one sign. int8x32
+    has groups of activations alone.
     """
-    if name == "int8":
+    if name in ("int8", "int4"):
+        return PanelFormat(name, 32, offsets=name == "int4")
+    if name == f"int8x{X_GROUP}":
         return PanelFormat("int8", x_group=X_GROUP)
-    if name == "int4":
-        return PanelFormat("int4", 32, offsets=True)
     if name == "int8-channel":
         return PanelFormat("int8")
     if name.lower() in _GGUF:

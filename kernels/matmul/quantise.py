@@ -39,7 +39,7 @@ def quantise(weight: Array, format: PanelFormat) -> tuple[Array, ...]:
     reach = 65504 * (1 if format.offsets else _limits(format)[1])  # of float16 scales
     if format.group and (largest := np.abs(weight).max()) > reach:
         raise UnquantisableError(
-            f"{largest:.3g} is too large for {format} with float16 scales; use int8, which has none"
+            f"{largest:.3g} is too large for {format} with float16 scales; use int8 without groups"
         )
     rows, columns = weight.shape
     group = format.group or rows

@@ -89,11 +89,11 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs argume
   PackedWeight weight(rows, columns, kind, group, offsets, gated);
   if (auto message = weight.read(others, 0); !message.empty()) return refuse(message);
   call.weight = weight.matrix;
+  const bool may_group_x = call.weight.kind == WeightKind::kInt8 && call.weight.group == 0 && x_group == kXGroup;
+  if (x_group != 0 && !may_group_x) return refuse("such groups of x are not supported for this kind of weight");
+  call.x_group = x_group;
   if (call.weight.quantised()) {
     call.x_as = int8_activations ? Activations::Kind::kInt8 : Activations::Kind::kFloat32;
-    const bool allowed = call.weight.kind == WeightKind::kInt8 && call.weight.group == 0 && x_group == kXGroup;
-    if (x_group != 0 && !allowed) return refuse("such groups of x are not supported for this kind of weight");
-    call.x_group = x_group;
   } else {
     const bool is_float32 = call.weight.kind == WeightKind::kFloat32;
     call.x_as = is_float32 ? Activations::Kind::kFloat32 : Activations::Kind::kBfloat16;

@@ -40,9 +40,9 @@ def test_names_read_back(format):
 def test_names_of_gguf_and_of_kinds():
     assert WeightFormat.parse("Q4_0") == PanelFormat("int4", 32)
     assert WeightFormat.parse("q4_1") == WeightFormat.parse("int4") == PanelFormat("int4", 32, offsets=True)
-    assert WeightFormat.parse("q8_0") == WeightFormat.parse("int8g32") == PanelFormat("int8", 32)
+    assert WeightFormat.parse("q8_0") == WeightFormat.parse("int8") == PanelFormat("int8", 32)
     assert WeightFormat.parse("int8-channel") == PanelFormat("int8")
-    assert WeightFormat.parse("int8") == PanelFormat("int8", x_group=32)
+    assert WeightFormat.parse("int8x32") == PanelFormat("int8", x_group=32)
     assert WeightFormat.parse("bfloat16") == PanelFormat("bfloat16")
 
 

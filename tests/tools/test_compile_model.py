@@ -177,7 +177,7 @@ def test_nothing_to_keep_ends_with_2(tmp_path, loads):
 @pytest.mark.parametrize(
     ("quantize", "formats"),
     [
-        ("int8", ("int8", "int8g32")),
+        ("int8", ("int8g32", "int8g32")),
         ("int4", ("q4_1", "int8g32")),
         ("int4g64", ("int4g64", "int8g32")),
         ("q4_1", ("q4_1", "int8g32")),
