@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import export
 
@@ -20,7 +19,7 @@ from distaff.kernels import native
 from distaff.kernels.paged_attention import StepBatch, batch_shapes
 from distaff.kernels.sampling import SamplingRows, sampling_shapes
 from distaff.runtime.executables import ExecutableCache, compilations
-from distaff.runtime.platforms import choose_num_pages, memory_limit
+from distaff.runtime.platforms import choose_num_pages, memory_limit, zeros
 from distaff.runtime.weights import load_weights
 
 # XLA compiles with the GIL released; more threads would only share the cores that XLA uses already.
@@ -70,7 +69,7 @@ class ModelRunner:
         self._weights = load_weights(self._folder, manifest.weights, self._device)
         # Zeros, because what a masked key holds must be finite.
         self._pages = [
-            jnp.zeros((c.layers, self.num_pages, manifest.page_size, *c.shape), c.dtype, device=self._device)
+            zeros((c.layers, self.num_pages, manifest.page_size, *c.shape), c.dtype, self._device)
             for c in manifest.caches
         ]
         self._by_cost = sorted(manifest.programs, key=lambda p: (p.tokens, p.samples, p.requests))

@@ -1,13 +1,16 @@
-"""What the runtime knows about where it runs: the device, how much memory it may use, and so how many pages to make."""
+"""What the runtime knows about where it runs: the device, its memory, and so how many pages to make of what."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from distaff.compiler.artifact import Manifest
+from distaff.kernels import native
 
 # Of the memory that weights leave free, what the KV pool may take; the rest is for activations and the host.
 POOL_SHARE = 0.7
@@ -31,6 +34,16 @@ def memory_limit(device: jax.Device) -> int:
         if file.is_file() and (text := file.read_text().strip()).isdecimal():
             limits.append(int(text))
     return min(limits)
+
+
+def zeros(shape: Sequence[int], dtype: str, device: jax.Device) -> jax.Array:
+    """Zeros on ``device``; with native kernels in huge pages of the system, if it has them, for reading at random."""
+    if device.platform != "cpu" or not native.available():
+        return jnp.zeros(shape, dtype, device=device)
+    native.register()
+    with jax.default_device(device):
+        made: jax.Array = jax.ffi.ffi_call("distaff_zeros", jax.ShapeDtypeStruct(shape, dtype))()
+    return made
 
 
 def choose_num_pages(

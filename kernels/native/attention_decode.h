@@ -1,9 +1,10 @@
 // One new token of a request against its pages: every key and value is read once, for all query heads that share it.
 //
 // Pages are read in the order of memory, the keys of a tile of tokens for all heads and then its values, because that is
-// what the processor's own prefetching understands; what the next tile needs is asked for meanwhile. Keys are scored as
-// they lie in the page: a dot product per key and head whose lanes are summed for 16 keys together. Values are added up
-// per head in registers. Sums are float32, or integers where pages are int8.
+// what the processor's own prefetching understands. Meanwhile as many lines of what comes next are asked for: the values
+// while keys are scored, and the next tile's keys while values are added up. Keys are scored as they lie in the page: a
+// dot product per key and head whose lanes are summed for 16 keys together. Values are added up per head in registers.
+// Sums are float32, or integers where pages are int8.
 #pragma once
 
 #include "attention_rows.h"
@@ -107,17 +108,15 @@ class Fetch {
         last_(tokens + count) {
     next_run();
   }
-  // After the last token, its last line again.
+  // A run's last lines may be past its end; after the last token, its last line again.
   DISTAFF_INLINE void next(int64_t lines) {
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < lines; ++i) {
-      Simd::prefetch_near(at_);
-      at_ += 64;
-      if (at_ >= end_) next_run();
-    }
+    for (int64_t i = 0; i < lines; ++i) Simd::prefetch_near(at_ + 64 * i);
+    at_ += 64 * lines;
+    if (at_ >= end_) next_run();
   }
   void rest() {
-    while (tokens_ != last_) next(1);
+    while (tokens_ != last_ || at_ + 1 < end_) next(1);
   }
 
  private:
@@ -139,8 +138,6 @@ class Fetch {
   const int32_t *tokens_, *last_;
   const char *at_ = nullptr, *end_ = nullptr;
 };
-
-constexpr int64_t kLinesBetween = 8;  // that are asked for with what else is done for a query head
 
 // Lines that are asked for with a head of `size` values.
 template <class T>
@@ -312,15 +309,14 @@ void decode_as(const Call& call, const Piece& piece, const Piece* next, float* s
   auto* weights = reinterpret_cast<Weight*>(scratch + layout.weights);
   auto* stream = reinterpret_cast<int32_t*>(scratch + layout.tokens);
   locate_stream(call, piece, next, kDecodeTile, stream);
-  Fetch keys_ahead(call, call.keys, stream + kDecodeTile, kDecodeTile);
   memset(sums, 0, call.heads * width * sizeof *sums);
   for (int64_t head = 0; head < call.heads; ++head) {
     float loaded[kMostValues];
-    keys_ahead.next(kLinesBetween);
     load_query(call, piece.token, head, loaded);
     scales[head] = Keys<K>::pack(loaded, call.keys.size, q + head * words);
     rows[head] = start_row(call, piece.token, head);
   }
+  constexpr bool kSteps = sizeof(K) == 1;  // which lie beside values, and are read before them
   using Kernels = Shared<K, V, Weight>;
   const Kernels full = Kernels::of(kHeads, call.keys.size), rest = Kernels::of((groups - 1) % kHeads + 1, call.keys.size);
   // Calls body(head, kernels) for every few heads that share keys.
@@ -335,16 +331,18 @@ void decode_as(const Call& call, const Piece& piece, const Piece* next, float* s
     Columns tile = tile_of(piece, at, kDecodeTile);
     int32_t tokens[kDecodeTile];
     repeat_last(stream, tile.end, tile.columns, tokens);
-    Fetch values_ahead(call, call.values, stream + kDecodeTile, kDecodeTile);
+    const int32_t* following = stream + tile.end;
+    Fetch first = kSteps ? Fetch(call, call.keys, following, kDecodeTile) : Fetch(call, call.values, stream, tile.end);
     each_few([&](int64_t head, const Kernels& kernels) {
       const Column<K> keys(call, call.keys, head / groups);
-      kernels.score(keys, tokens, tile.columns, q + head * words, scales + head, keys_ahead,
+      kernels.score(keys, tokens, tile.columns, q + head * words, scales + head, first,
                     scores + head * kDecodeTile);
     });
-    keys_ahead.rest();
+    first.rest();
+    Fetch second(call, kSteps ? call.values : call.keys, following, kDecodeTile);
     for (int64_t head = 0; head < call.heads; ++head) {
       float key_steps[kDecodeTile], value_steps[kDecodeTile];
-      if constexpr (sizeof(K) == 1) {
+      if constexpr (kSteps) {
         tile.key_steps = key_steps;
         tile.value_steps = value_steps;
         if (head % groups == 0) {
@@ -352,16 +350,14 @@ void decode_as(const Call& call, const Piece& piece, const Piece* next, float* s
           Column<V>(call, call.values, head / groups).steps(tokens, tile.columns, value_steps);
         }
       }
-      values_ahead.next(kLinesBetween);
       weigh(call, tile, rows[head], scores + head * kDecodeTile, weights + head * kDecodeTile, sums + head * width, width);
     }
     each_few([&](int64_t head, const Kernels& kernels) {
       const Column<V> values(call, call.values, head / groups);
-      kernels.add_values(values, tokens, tile.columns, weights + head * kDecodeTile, values_ahead,
+      kernels.add_values(values, tokens, tile.columns, weights + head * kDecodeTile, second,
                          sums + head * width);
     });
-    values_ahead.rest();
-    keys_ahead = Fetch(call, call.keys, stream + 2 * kDecodeTile, kDecodeTile);
+    second.rest();
   }
   for (int64_t head = 0; head < call.heads; ++head) {
     float* mine = sums + head * width;

@@ -91,8 +91,10 @@ struct Block {
 
 // What is compiled once for each processor level.
 struct MatmulKernels {
-  // Makes rows of x ready; `scratch` holds prepare_floats().
-  void (*prepare)(const Matmul&, int64_t row_begin, int64_t row_end, const Activations&, float* scratch);
+  // How many panels are computed together.
+  int64_t (*tile_panels)(const Matmul&);
+  // Makes the rows of a block ready, the first of a thread's blocks of them; `scratch` holds prepare_floats().
+  void (*prepare)(const Matmul&, const Block&, const Activations&, float* scratch);
   // Computes a block of the result from its rows of x; `scratch` holds block_floats() and is 64-byte aligned.
   void (*block)(const Matmul&, const Activations&, const Block&, float* scratch);
 };

@@ -38,21 +38,21 @@ float norm_scale(const X* x, int64_t size, float epsilon) {
   return 1.0f / __builtin_sqrtf(Simd::sum(sum) / static_cast<float>(size) + epsilon);
 }
 
-// to[k] = change(x[k], k) for k < size, and zero from there to `padded`. Meanwhile the next row comes near.
-template <typename X, typename Change>
-void map_row(const X* x, int64_t size, int64_t padded, float* to, Change change) {
+// to[k] = change(x[k], k) for k < size, and zero from there to `padded`. Meanwhile the row after the next comes near.
+template <typename X, typename To, typename Change>
+void map_row(const X* x, int64_t size, int64_t padded, To* to, Change change) {
   int64_t k = 0;
   for (; k + kLanes <= size; k += kLanes) {
-    Simd::prefetch(x + size + k);
+    Simd::prefetch(x + 2 * size + k);
     Simd::store(to + k, change(Simd::load(x + k), k, kLanes));
   }
   if (k < size) Simd::store(to + k, change(load_some(x + k, size - k), k, size - k));
   for (k = round_up(size, kLanes); k < padded; k += kLanes) Simd::store(to + k, Simd::zero());
 }
 
-// Row `row` of x in float32, normalised if the call says so, with zeros up to prepare_floats().
-template <typename X>
-void normalised_row(const Matmul& call, int64_t row, float* to) {
+// Row `row` of x, normalised if the call says so, with zeros up to prepare_floats().
+template <typename X, typename To>
+void normalised_row_of(const Matmul& call, int64_t row, To* to) {
   const int64_t size = call.weight.rows, padded = prepare_floats(call);
   const X* x = static_cast<const X*>(call.x) + row * size;
   if (call.norm_weight == nullptr) {
@@ -62,6 +62,15 @@ void normalised_row(const Matmul& call, int64_t row, float* to) {
     map_row(x, size, padded, to, [scale, weight = call.norm_weight](Simd::F a, int64_t k, int64_t count) {
       return Simd::mul(Simd::mul(a, scale), load_some(weight + k, count));
     });
+  }
+}
+
+template <typename To>
+void normalised_row(const Matmul& call, int64_t row, To* to) {
+  if (call.x_is_bf16) {
+    normalised_row_of<uint16_t>(call, row, to);
+  } else {
+    normalised_row_of<float>(call, row, to);
   }
 }
 
@@ -101,25 +110,34 @@ void quantise(const float* from, int64_t groups, int64_t size, int32_t zero, int
   for (int64_t g = 0; g < groups; ++g) shifts[g] = -zero * static_cast<int32_t>(counts[g]);
 }
 
-void prepare(const Matmul& call, int64_t row_begin, int64_t row_end, const Activations& to, float* scratch) {
-  const int64_t floats = prepare_floats(call), groups = call.weight.groups();
-  const int64_t size = call.weight.group > 0 ? call.weight.group : floats;
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    const int64_t at = row - row_begin;
+// A part of what the tiles of a block will read first, so that it comes while rows are made ready: the beginnings of two
+// panels.
+void fetch_first_panels(const Matmul& call, const Block& block, int64_t part, int64_t parts) {
+  constexpr int64_t kMostLines = 288;
+  const int64_t bytes = call.weight.panel_bytes(), lines = least(bytes / kStepBytes, kMostLines);
+  const uint8_t* panel = call.weight.values + block.panel_begin * bytes;
+  for (int64_t line = lines * part / parts; line < lines * (part + 1) / parts; ++line) {
+    Simd::prefetch(panel + line * kStepBytes);
+    Simd::prefetch(panel + bytes + line * kStepBytes);
+  }
+}
+
+void prepare(const Matmul& call, const Block& block, const Activations& to, float* scratch) {
+  const int64_t groups = call.weight.groups(), rows = block.row_end - block.row_begin;
+  const int64_t size = call.weight.group > 0 ? call.weight.group : prepare_floats(call);
+  for (int64_t at = 0; at < rows; ++at) {
+    const int64_t row = block.row_begin + at;
+    if (rows > 3) fetch_first_panels(call, block, at, rows);
     uint8_t* values = to.values + at * to.stride;
-    float* x = call.x_as == Activations::Kind::kFloat32 ? reinterpret_cast<float*>(values) : scratch;
-    if (call.x_is_bf16) {
-      normalised_row<uint16_t>(call, row, x);
+    if (call.x_as == Activations::Kind::kFloat32) {
+      normalised_row(call, row, reinterpret_cast<float*>(values));
+    } else if (call.x_as == Activations::Kind::kBfloat16) {
+      normalised_row(call, row, reinterpret_cast<uint16_t*>(values));
     } else {
-      normalised_row<float>(call, row, x);
-    }
-    if (call.x_as == Activations::Kind::kBfloat16) {
-      auto* bf16 = reinterpret_cast<uint16_t*>(values);
-      for (int64_t k = 0; k < floats; k += kLanes) Simd::store(bf16 + k, Simd::load(x + k));
-    } else if (call.x_as == Activations::Kind::kInt8) {
+      normalised_row(call, row, scratch);
       for (int64_t g = 0; g < groups; g += kLanes) {
         const int64_t first = at * groups + g;
-        quantise(x + g * size, least(groups - g, kLanes), size, call.weight.zero(),
+        quantise(scratch + g * size, least(groups - g, kLanes), size, call.weight.zero(),
                  reinterpret_cast<int8_t*>(values) + g * size, to.scales + first, to.sums + first, to.shifts + first);
       }
     }

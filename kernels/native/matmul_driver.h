@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cstdint>
+#include <numeric>
 
 #include "cpu.h"
 #include "matmul.h"
@@ -28,34 +30,43 @@ inline const MatmulKernels& matmul_kernels(CpuLevel level) {
 // Blocks of a result: `height` rows of x times some panels.
 class Blocks {
  public:
-  Blocks(const Matmul& call, int64_t threads) : m_(call.m), panels_(call.panels()), unit_(call.gated ? 2 : 1) {
+  // `tile_panels` are computed together.
+  Blocks(const Matmul& call, int64_t tile_panels, int64_t threads)
+      : m_(call.m), unit_(std::max<int64_t>(std::gcd(call.panels(), tile_panels), call.gated ? 2 : 1)) {
     // Few enough rows to stay in the second cache, and enough that each thread may read all of W for its own.
-    constexpr int64_t kFewestRows = 64, kMostRows = 128, kMostPanels = 8, kLeastBytes = 16 * 1024;
+    constexpr int64_t kFewestRows = 64, kMostRows = 128, kMostPanels = 8;
     const int64_t rows = std::clamp((m_ + threads - 1) / threads, kFewestRows, kMostRows);
     down_ = (m_ + rows - 1) / rows;
     height_ = (m_ + down_ - 1) / down_;
-    int64_t width = kMostPanels;
-    if (m_ <= 3) {  // large enough to be worth a turn at the shared counter
-      width = std::clamp<int64_t>(kLeastBytes / call.weight.panel_bytes(), unit_, kMostPanels);
-    } else if (panels_ % 2 == 0) {
-      unit_ = 2;
-    }
-    across_ = (panels_ + width - 1) / width;
-    if (down_ == 1) across_ = (across_ + threads - 1) / threads * threads;  // so that threads end together
+    units_ = call.panels() / unit_;
+    width_ = kMostPanels / unit_;
+    shares_ = down_ > 1 ? 1 : threads;
+    const int64_t share = (units_ + shares_ - 1) / shares_;
+    wide_ = std::max<int64_t>(0, (share - 1) / width_);
+    across_ = down_ > 1 ? wide_ + 1 : wide_ + std::bit_width(static_cast<uint64_t>(width_));
   }
 
-  int64_t count() const { return down_ * across_; }
+  int64_t count() const { return down_ * shares_ * across_; }
   int64_t height() const { return height_; }
 
   // Blocks that share rows follow each other. Some may be empty.
   Block at(int64_t i) const {
-    const int64_t row = i / across_ * height_, column = i % across_;
-    const auto panel = [this](int64_t j) { return panels_ / unit_ * j / across_ * unit_; };
-    return {row, std::min(row + height_, m_), panel(column), panel(column + 1)};
+    const int64_t row = i / across_ / shares_ * height_, share = i / across_ % shares_;
+    const int64_t begin = units_ * share / shares_, size = units_ * (share + 1) / shares_ - begin;
+    const auto panel = [&](int64_t j) { return (begin + cut(size, j)) * unit_; };
+    return {row, std::min(row + height_, m_), panel(i % across_), panel(i % across_ + 1)};
   }
 
  private:
-  int64_t m_, panels_, unit_, down_, height_, across_;
+  // Where block j of a share of so many units begins: they are even if there are many; otherwise the last is halved
+  // again and again, so that threads end together.
+  int64_t cut(int64_t size, int64_t j) const {
+    if (down_ > 1) return size * j / across_;
+    if (j < wide_) return std::max<int64_t>(0, size - width_) * j / wide_;
+    return size - std::min(size, width_ >> (j - wide_));
+  }
+
+  int64_t m_, unit_, units_, width_, shares_, wide_, down_, height_, across_;
 };
 
 // Rows of x that a thread has made ready for its blocks, and what it computes in.
@@ -85,7 +96,7 @@ class Workspace {
     to.scales = reinterpret_cast<float*>(to.values + rows * to.stride);
     to.sums = to.scales + groups;
     to.shifts = reinterpret_cast<int32_t*>(to.sums + groups);
-    kernels.prepare(call, block.row_begin, block.row_end, to, floats(prepare_floats(call)));
+    kernels.prepare(call, block, to, floats(prepare_floats(call)));
     number_ = number;
     first_row_ = block.row_begin;
     return to;
@@ -103,7 +114,7 @@ class Workspace {
 template <typename Pool>
 void matmul(const Matmul& call, const MatmulKernels& kernels, Pool& pool) {
   const int64_t number = Workspace::next_call();
-  const Blocks blocks(call, pool.count());
+  const Blocks blocks(call, kernels.tile_panels(call), pool.count());
   pool.run(blocks.count(), [&](int64_t i) {
     const Block block = blocks.at(i);
     if (block.panel_begin == block.panel_end) return;

@@ -32,6 +32,7 @@ void int_tile(const Tile& t) {
     });
   };
   if constexpr (kGrouped) load_sums();
+  NextPanels<P> next(t);
   for (int64_t g = 0, done = 0; done < t.steps; ++g, done += t.group_steps) {
     Simd::I acc[R][P];
     unrolled<R>([&](auto r) DISTAFF_UNROLLED {
@@ -47,7 +48,7 @@ void int_tile(const Tile& t) {
     };
     const int64_t end = least(done + t.group_steps, t.steps);
     for (int64_t s = done; s < end; ++s) {
-      fetch_next<P>(t, s);
+      next.step();
       const auto load = [&](int p) DISTAFF_UNROLLED { return Simd::load_64(t.w + p * t.w_stride + s * kStepBytes); };
       Simd::I w[P];
       if constexpr (kInt4) {
@@ -83,20 +84,27 @@ void int_tile(const Tile& t) {
 
 using TileFunction = void (*)(const Tile&);
 
-template <int R, int P>
-TileFunction tile_of(const Matmul& call) {
-  if (call.x_as == Activations::Kind::kFloat32) return float_tile<Float32, R, P>;
-  if (call.x_as == Activations::Kind::kBfloat16) return float_tile<Bfloat16, R, P>;
-  if (call.weight.kind == WeightKind::kInt4) return int_tile<true, true, R, P>;
-  return call.weight.group > 0 ? int_tile<false, true, R, P> : int_tile<false, false, R, P>;
-}
+struct FloatTiles {
+  template <int R, int P>
+  static TileFunction of(const Matmul& call) {
+    return call.x_as == Activations::Kind::kFloat32 ? float_tile<Float32, R, P> : float_tile<Bfloat16, R, P>;
+  }
+};
 
-template <int R, int P>
+struct IntTiles {
+  template <int R, int P>
+  static TileFunction of(const Matmul& call) {
+    if (call.weight.kind == WeightKind::kInt4) return int_tile<true, true, R, P>;
+    return call.weight.group > 0 ? int_tile<false, true, R, P> : int_tile<false, false, R, P>;
+  }
+};
+
+template <typename Tiles, int R, int P>
 TileFunction tile_of_rows(const Matmul& call, int64_t rows) {
   if constexpr (R > 1) {
-    if (rows < R) return tile_of_rows<R - 1, P>(call, rows);
+    if (rows < R) return tile_of_rows<Tiles, R - 1, P>(call, rows);
   }
-  return tile_of<R, P>(call);
+  return Tiles::template of<R, P>(call);
 }
 
 // How many rows the tiles of a call have at most, and the kernel for some of them.
@@ -107,18 +115,20 @@ struct TileChoice {
 
 template <int P>
 TileChoice choose_tiles(const Matmul& call) {
+  const bool is_int8 = call.x_as == Activations::Kind::kInt8;
 #ifdef DISTAFF_HAS_MATRIX_UNIT
   if constexpr (P > 1) {
     if (call.x_as == Activations::Kind::kBfloat16) {
       return {MatrixUnit::kRows, [](const Matmul&, int64_t) -> TileFunction { return unit_bf16_tile<P>; }};
     }
-    if (call.x_as == Activations::Kind::kInt8 && call.weight.group == 0) {
+    if (is_int8 && call.weight.group == 0) {
       return {MatrixUnit::kRows, [](const Matmul&, int64_t) -> TileFunction { return unit_int8_tile<P>; }};
     }
   }
 #endif
-  (void)call;
-  return {Simd::kRows, tile_of_rows<Simd::kRows, P>};
+  if (is_int8) return {Simd::kRows, tile_of_rows<IntTiles, Simd::kRows, P>};
+  constexpr int kRows = P == 2 ? Simd::kRows * Simd::kPanels / P : Simd::kRows;
+  return {kRows, tile_of_rows<FloatTiles, kRows, P>};
 }
 
 // --- blocks ---
@@ -209,7 +219,7 @@ void finish(const Matmul& call, int64_t first_row, int64_t rows, const Sums& sum
 // How many steps of some panels all rows pass before the next ones. With few rows these are few, so that memory does not
 // wait long for the first rows; sums of integers cost more to put away, and with many rows memory has time.
 int64_t piece_steps(const WeightMatrix& weight, int64_t rows, int64_t panels) {
-  const int64_t most_bytes = (rows > 64 ? 256 : rows > 16 && weight.quantised() ? 40 : 24) * 1024;
+  const int64_t most_bytes = (rows > 64 ? 256 : rows > 16 ? 40 : 24) * 1024;
   const int64_t pieces = (panels * weight.panel_bytes() + most_bytes - 1) / most_bytes;
   const int64_t steps = weight.padded_rows() / weight.step_rows();
   return round_up((steps + pieces - 1) / pieces, weight.group > 0 ? weight.group / weight.step_rows() : 1);
@@ -234,7 +244,7 @@ void multiply(const Matmul& call, const Activations& x, const Block& block, int6
     t.w_stride = weight.panel_bytes();
     t.steps = least(piece, steps - step);
     const uint8_t* next = t.w + (step + piece < steps ? piece * kStepBytes : P * t.w_stride - step * kStepBytes);
-    t.next_step = (kStepBytes + tiles - 1) / tiles;
+    t.fetch_every = tiles;
     t.c_stride = sums.panels * kLanes;
     t.first = step == 0;
     t.a_stride = x.stride;
@@ -253,8 +263,7 @@ void multiply(const Matmul& call, const Activations& x, const Block& block, int6
       t.w = reinterpret_cast<const uint8_t*>(widened);
       t.w_stride = count * kStepBytes;
       t.steps = count;
-      next = t.w;  // nothing: to widen takes longer than to read
-      t.next_step = 0;
+      t.fetch_every = t.steps + 1;  // hardly: to widen takes longer than to read
       a_step = step_rows * sizeof(float);
     } else if (weight.group > 0) {
       t.group_steps = weight.group / step_rows;
@@ -269,7 +278,7 @@ void multiply(const Matmul& call, const Activations& x, const Block& block, int6
       t.rows = count;
       t.a = x.values + row * x.stride + step * a_step;
       t.c = sums.values + row * t.c_stride + (panel - sums.panel) * kLanes;
-      t.next = next + i * t.steps * t.next_step;
+      t.next = next + i * ((t.steps + tiles - 1) / tiles) * kStepBytes;
       if (call.x_as == Activations::Kind::kInt8) {
         const int64_t at = row * groups + group;
         t.a_scales = x.scales + at;
@@ -277,15 +286,28 @@ void multiply(const Matmul& call, const Activations& x, const Block& block, int6
         t.a_sums = x.sums + at;
       }
       choice.of(call, count)(t);
+      // At once, while the sums are near, so that memory takes results all along.
+      if (completes && step + piece >= steps) {
+        finish(call, block.row_begin + row, count, {sums.panel, sums.panels, sums.values + row * t.c_stride});
+      }
       row += count;
     }
   }
-  if (completes) finish(call, block.row_begin, rows, sums);
+}
+
+// How many panels tiles of a call take at once.
+int64_t tile_panels(const Matmul& call) {
+  if (call.m <= 3 || Simd::kPanels < 4) return 1;  // with few rows, one panel after the other is read faster
+#ifdef DISTAFF_HAS_MATRIX_UNIT
+  if (call.x_as == Activations::Kind::kBfloat16) return 4;
+#endif
+  // Those of floats are high in place of wide, so that panels stay near; those of integers with groups keep two sums
+  // for every number.
+  return call.x_as == Activations::Kind::kInt8 && call.weight.group == 0 ? 4 : 2;
 }
 
 void compute_block(const Matmul& call, const Activations& x, const Block& block, float* scratch) {
-  const int64_t rows = block.row_end - block.row_begin;
-  float* widened = scratch + rows * kMostTilePanels * kLanes;
+  float* widened = scratch + (block.row_end - block.row_begin) * kMostTilePanels * kLanes;
   int64_t panel = block.panel_begin;
   const auto take = [&](auto count) {
     constexpr int kCount = decltype(count)::kValue;
@@ -295,18 +317,15 @@ void compute_block(const Matmul& call, const Activations& x, const Block& block,
       for (int64_t p = 0; p < together; p += kCount) multiply<kCount>(call, x, block, panel + p, sums, widened);
     }
   };
-  if (rows > 3) {  // with fewer, one panel after the other is read faster
-    // Tiles with groups keep two sums for every number.
-    const bool grouped = call.weight.group > 0 && !call.widens();
-    if constexpr (Simd::kPanels >= 4) {
-      if (!grouped) take(Constant<4>{});
-      take(Constant<2>{});
-    }
+  if constexpr (Simd::kPanels >= 4) {
+    const int64_t panels = tile_panels(call);
+    if (panels == 4) take(Constant<4>{});
+    if (panels >= 2) take(Constant<2>{});
   }
   take(Constant<1>{});
 }
 
-constexpr MatmulKernels kMatmul{prepare, compute_block};
+constexpr MatmulKernels kMatmul{tile_panels, prepare, compute_block};
 
 }  // namespace
 }  // namespace distaff

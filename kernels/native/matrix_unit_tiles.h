@@ -13,8 +13,9 @@ constexpr int64_t kUnitSteps = 16;  // of the weights that a register holds
 template <int P, typename Dot>
 DISTAFF_INLINE int64_t add_whole_steps(const Tile& t, Dot dot) {
   int64_t step = 0;
+  NextPanels<P> next(t);
   for (; step + kUnitSteps <= t.steps; step += kUnitSteps) {
-    for (int64_t i = 0; i < kUnitSteps; ++i) fetch_next<P>(t, step + i);
+    for (int64_t i = 0; i < kUnitSteps; ++i) next.step();
     MatrixUnit::load<4>(t.a + step * 4, t.a_stride);
     unrolled<P>([&](auto p) DISTAFF_UNROLLED {
       MatrixUnit::load<5 + p % 3>(t.w + p * t.w_stride + step * kStepBytes, kStepBytes);

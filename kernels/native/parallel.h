@@ -65,13 +65,12 @@ class BasicThreads {
     auto shared = std::make_shared<Shared>(chunks, threads);
     auto* body = &work;
     const auto help = [shared, body, threads](int64_t own) {
+      int64_t done = 0;  // counted for all at the end: a counter that threads share costs more than a small chunk
       for (int64_t offset = 0; offset < threads; ++offset) {
         auto& range = shared->ranges[(own + offset) % threads];
-        for (int64_t i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) {
-          (*body)(i);
-          shared->done.fetch_add(1, std::memory_order_release);
-        }
+        for (int64_t i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end; ++done) (*body)(i);
       }
+      shared->done.fetch_add(done, std::memory_order_release);
     };
     for (int64_t i = 1; i < threads; ++i) {
       pool_.Schedule([shared, help] { help(shared->joined.fetch_add(1, std::memory_order_relaxed)); });

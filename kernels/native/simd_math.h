@@ -34,9 +34,10 @@ inline Simd::F exp2(Simd::F x) {
   return Simd::times_two_to(polynomial(kTerms, Simd::above_floor(x)), x);
 }
 
+// Within 1e-6 for |x| up to 10 and 1e-5 up to 87; less than 2e-38 below -87.
 inline Simd::F sigmoid(Simd::F x) {
   const Simd::F one = Simd::all(1.0f);
-  return Simd::div(one, Simd::add(one, exp(Simd::sub(Simd::zero(), x))));
+  return Simd::div(one, Simd::add(one, exp2(Simd::min(Simd::mul(x, Simd::all(-1.44269504f)), Simd::all(126.0f)))));
 }
 
 // 1 - 2 / (e^2x + 1), within 2e-7, absolute.

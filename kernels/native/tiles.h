@@ -16,10 +16,10 @@ struct Tile {
   const uint8_t* w;
   int64_t w_stride;  // bytes from panel to panel
   int64_t steps;
-  // What will be read after these panels; each tile of rows fetches a part of it into the second cache, `next_step`
-  // bytes a step.
+  // What will be read after these panels, of which each tile of rows fetches a part into the second cache: a step of
+  // each panel every so many steps.
   const uint8_t* next;
-  int64_t next_step;
+  int64_t fetch_every;
   float* c;  // the sums so far, [rows][panels * 16]
   int64_t c_stride;
   bool first;  // there are no sums so far
@@ -88,13 +88,26 @@ DISTAFF_INLINE void unrolled(const Body& body) {
 }
 #define DISTAFF_UNROLLED __attribute__((always_inline))
 
+// Fetches what a tile of P panels says, each line once: every request takes a place in a queue.
 template <int P>
-DISTAFF_INLINE void fetch_next(const Tile& t, int64_t step) {
-  // One panel alone is read by few rows, faster than memory delivers; the processor itself sees what comes next.
-  if constexpr (P > 1) {
-    unrolled<P>([&](auto p) DISTAFF_UNROLLED { Simd::prefetch(t.next + p * t.w_stride + step * t.next_step); });
+class NextPanels {
+ public:
+  DISTAFF_INLINE explicit NextPanels(const Tile& t) : next_(t.next), stride_(t.w_stride), every_(t.fetch_every) {}
+
+  DISTAFF_INLINE void step() {
+    // One panel alone is read by few rows, faster than memory delivers; the processor itself sees what comes next.
+    if constexpr (P > 1) {
+      if (--left_ > 0) return;
+      left_ = every_;
+      unrolled<P>([&](auto p) DISTAFF_UNROLLED { Simd::prefetch(next_ + p * stride_); });
+      next_ += kStepBytes;
+    }
   }
-}
+
+ private:
+  const uint8_t* next_;
+  int64_t stride_, every_, left_ = 0;
+};
 
 template <typename Format, int R, int P, bool kFetches = true>
 void float_tile(const Tile& t) {
@@ -104,8 +117,9 @@ void float_tile(const Tile& t) {
       acc[r][p] = t.first ? Simd::zero() : Simd::load(t.c + r * t.c_stride + p * kLanes);
     });
   });
+  NextPanels<P> next(t);
   for (int64_t s = 0; s < t.steps; ++s) {
-    if constexpr (kFetches) fetch_next<P>(t, s);
+    if constexpr (kFetches) next.step();
     typename Format::W w[P];
     unrolled<P>([&](auto p) DISTAFF_UNROLLED { w[p] = Format::load(t.w + p * t.w_stride + s * kStepBytes); });
     unrolled<R>([&](auto r) DISTAFF_UNROLLED {

@@ -1,6 +1,8 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_step import one_request, plain, tiny_step, tiny_weights
@@ -8,10 +10,11 @@ from tiny_step import one_request, plain, tiny_step, tiny_weights
 from distaff.compiler.artifact import ArtifactError, Manifest
 from distaff.compiler.buckets import parse_buckets
 from distaff.compiler.lowering.build import ModelInfo, build_artifact
+from distaff.kernels import native
 from distaff.kernels.sampling import SamplingRows, draw_tokens
 from distaff.runtime.executables import CompileForbiddenError
 from distaff.runtime.model_runner import ModelRunner, NoProgramError
-from distaff.runtime.platforms import MemoryTooSmallError, choose_num_pages, memory_limit
+from distaff.runtime.platforms import MemoryTooSmallError, choose_num_pages, memory_limit, zeros
 
 
 def build(folder, text="decode=1,4 mixed=8x2,16x4 scoring=16x4", step=None):
@@ -197,8 +200,6 @@ def test_pool_size(artifact):
 
 
 def test_memory_limit_obeys_the_cgroup(monkeypatch, tmp_path):
-    import jax
-
     (tmp_path / "max").write_text("max\n")
     (tmp_path / "small").write_text("12345678\n")
     monkeypatch.setattr("distaff.runtime.platforms._CGROUP_LIMITS", (tmp_path / "max", tmp_path / "gone"))
@@ -206,3 +207,29 @@ def test_memory_limit_obeys_the_cgroup(monkeypatch, tmp_path):
     assert physical > 1 << 28
     monkeypatch.setattr("distaff.runtime.platforms._CGROUP_LIMITS", (tmp_path / "max", tmp_path / "small"))
     assert memory_limit(jax.devices()[0]) == 12345678
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint16", "int8"])
+@pytest.mark.parametrize("shape", [(), (0, 3), (3, 5), (2, 7, 1 << 19)])
+def test_zeros_are_zeros_where_something_else_was(shape, dtype):
+    device = jax.devices()[0]
+    before = jax.block_until_ready(jnp.ones(shape, dtype))
+    del before  # its memory is free to be taken
+    made = zeros(shape, dtype, device)
+    assert (made.shape, made.dtype, made.device) == (shape, dtype, device)
+    assert not np.asarray(made).any()
+
+
+@pytest.mark.skipif(not native.available(), reason="needs the native kernels")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages")
+def test_large_zeros_ask_for_huge_pages():
+    made = zeros((32 << 20,), "int8", jax.devices()[0])
+    middle, inside, flags = made.unsafe_buffer_pointer() + made.nbytes // 2, False, []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if "-" in name and not name.endswith(":"):
+            first, end = (int(address, 16) for address in name.split("-"))
+            inside = first <= middle < end
+        elif inside and name == "VmFlags:":
+            flags = rest
+    assert "hg" in flags
