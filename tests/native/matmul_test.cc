@@ -3,17 +3,20 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <vector>
 
 #include "matmul_driver.h"
 #include "parallel.h"
+#include "roofline_driver.h"
 #include "std_pool.h"
 #include "threads.h"
 
 namespace distaff {
 
 extern const MatmulKernels kMatmulMatrixUnit;
+extern const RooflineKernels kRooflineMatrixUnit;
 
 namespace {
 
@@ -193,11 +196,31 @@ struct RandomCall {
   }
 };
 
+// The peaks' loops do as many products as they are asked for, and the reading loop reads all.
+void check_roofline(const RooflineKernels& kernels) {
+  const int32_t words[] = {0x40000000, 0x40004000, 0x02020202};  // 2 in float32, bfloat16, int8
+  for (int kind = 0; kind < 3; ++kind) {
+    for (const int rounds : {1, 63, 64, 200}) {
+      const float found = kernels.multiply(kind, rounds, words[kind]) - kernels.multiply(kind, 0, words[kind]);
+      const float wanted = static_cast<float>(rounds * kPeakSteps * kLanes * 2 * 2 << kind);
+      CHECK(found == wanted, "%d rounds of kind %d add %f, not %f", rounds, kind, found, wanted);
+    }
+  }
+  std::vector<int32_t> numbers(3 * 64);
+  for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<int32_t>(i * i);
+  const float sum = kernels.read(reinterpret_cast<const uint8_t*>(numbers.data()), 4 * numbers.size());
+  CHECK(sum == std::accumulate(numbers.begin(), numbers.end(), 0), "read %f", sum);
+}
+
 }  // namespace
 }  // namespace distaff
 
 int main() {
   using namespace distaff;
+  check_roofline(kRooflineMatrixUnit);
+  for (int level = 0; level <= static_cast<int>(cpu_level()); ++level) {
+    check_roofline(roofline_kernels(static_cast<CpuLevel>(level)));
+  }
   StdPool pool(3);
   BasicThreads threads(pool.handle());
   int calls = 0;
