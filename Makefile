@@ -29,10 +29,10 @@ smoke: $(VENV)/.smoke
 
 # The native kernels' inner functions under each sanitizer; needs no jax but its headers.
 sanitize: $(VENV)/.test
-	for kind in address undefined thread; do \
+	for kind in address,undefined thread; do \
 	  $(VENV)/bin/cmake -S . -B build/$$kind -DPython_EXECUTABLE=$(abspath $(PY)) -DDISTAFF_TESTS=ON -DDISTAFF_SANITIZE=$$kind \
-	    && $(VENV)/bin/cmake --build build/$$kind --target native_tests -j && $(VENV)/bin/ctest --test-dir build/$$kind \
-	    --output-on-failure || exit 1; \
+	    && $(VENV)/bin/cmake --build build/$$kind --target native_tests -j $$(nproc) && $(VENV)/bin/ctest \
+	    --test-dir build/$$kind -j $$(nproc) --output-on-failure || exit 1; \
 	done
 
 # The same for 64-bit ARM, on an emulator: Debian's g++-aarch64-linux-gnu and qemu-user.
@@ -41,7 +41,8 @@ aarch64: $(VENV)/.test
 	  -DPython_INCLUDE_DIR=$$($(PY) -c "import sysconfig; print(sysconfig.get_path('include'))") \
 	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=$@ -DCMAKE_CXX_COMPILER=$@-linux-gnu-g++ \
 	  -DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_CROSSCOMPILING_EMULATOR=qemu-$@
-	$(VENV)/bin/cmake --build build/$@ --target native_tests && $(VENV)/bin/ctest --test-dir build/$@ --output-on-failure
+	$(VENV)/bin/cmake --build build/$@ --target native_tests -j $$(nproc)
+	$(VENV)/bin/ctest --test-dir build/$@ -j $$(nproc) --output-on-failure
 
 build/links:
 	mkdir -p $@/distaff

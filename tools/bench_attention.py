@@ -28,6 +28,7 @@ from rich.table import Table
 
 from distaff.kernels import native
 from distaff.kernels.paged_attention import AttentionSpec, StepBatch, cpu, pool_shape, xla
+from distaff.runtime.platforms import zeros
 from distaff.tools.bench_roofline import Roofline
 
 PAGE, MAX_LEN = 16, 2048
@@ -60,7 +61,7 @@ def main(
         runs = {}
         for name, (attend, pages) in kernels(variants, vary).items():
             row = pool_shape((kv_heads, width), DTYPES[pages])
-            pools = (jnp.zeros((layers, num_pages, PAGE, *row), DTYPES[pages]) for _ in range(2))
+            pools = (zeros((layers, num_pages, PAGE, *row), DTYPES[pages], jax.devices()[0]) for _ in range(2))
             runs[name] = pages, Run(functools.partial(step, attend, layers), *pools, q, k, v, batch)
         for _ in range(repeats):
             if roofline is not None:

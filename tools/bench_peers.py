@@ -47,7 +47,8 @@ _HELP = """Compares engines on SmolLM2-135M on this machine's cores.
 
 Environments of other engines are made under --envs when they are missing. An engine that cannot be installed or fails
 gets a row with the reason. The start-up time reaches from the start of the process to the first token. The script waits
-for a quiet machine before every run, lets the engines take turns (--rounds), and says how noisy a row was.
+for a quiet machine before every run, then reads memory for some seconds to know its rate at the time, lets the engines
+take turns (--rounds), and says how noisy a row was.
 
 \b
 Example:
@@ -175,11 +176,10 @@ def row_of(
     rounds: Sequence[Mapping[str, Any]],
     reference: Any,
     work: Work | None = None,
-    bandwidth: float | None = None,
 ) -> Row:
     """The medians over the rounds of one engine, as rates; ``reference`` are distaff's float32 outputs, or None.
 
-    ``work`` is what its weights ask for, ``bandwidth`` the bytes a second that the memory gives.
+    ``work`` is what its weights ask for.
     """
     generated, prompt = sum(job["counts"]), sum(map(len, job["prompts"]))
 
@@ -188,7 +188,11 @@ def row_of(
         return statistics.median(values) if values else None
 
     seconds = [measured["seconds"] for measured in rounds]
-    decode_per_s = middle(lambda m: m["decode_per_s"])
+
+    def memory_share(measured: Mapping[str, Any]) -> float | None:
+        rate, memory_rate = measured["decode_per_s"], measured["memory_rate"]
+        return rate * work.step_bytes / memory_rate if rate and work and memory_rate else None
+
     busiest = max(measured["others"] for measured in rounds)
     return Row(
         engine=peer.engine,
@@ -197,9 +201,10 @@ def row_of(
         startup_s=middle(lambda m: m["first_token_at"] - m["startup_began"]),
         output_per_s=middle(lambda m: generated / m["seconds"]),
         total_per_s=middle(lambda m: (generated + prompt) / m["seconds"]),
-        decode_per_s=decode_per_s,
+        decode_per_s=middle(lambda m: m["decode_per_s"]),
         step_mib=work.step_bytes / 2**20 if work else None,
-        memory_share=decode_per_s * work.step_bytes / bandwidth if decode_per_s and work and bandwidth else None,
+        memory_gb_per_s=middle(lambda m: m["memory_rate"] and m["memory_rate"] / 1e9),
+        memory_share=middle(memory_share),
         gops=work.operations / 1e9 / statistics.median(seconds) if work else None,
         long_prompt_s=middle(lambda m: m["long_prompt_s"]),
         shared_prefix_s=middle(lambda m: m["shared_prefix_s"]),
@@ -231,7 +236,7 @@ class ModelForms:
             option = "dtype" if "float" in form else "quantize"
             job = {
                 "model": str(given or DEMO_MODEL),
-                "options": {"max_model_len": MAX_MODEL_LEN, option: form},
+                "options": {"max_model_len": MAX_MODEL_LEN, option: form, "kv_cache_dtype": peer.kv_cache_dtype},
                 "kv_cache_bytes": peer.options["kv_cache_memory_bytes"],
             }
             return Path(last_line(self._script(python, "compile_artifact.py", json.dumps(job))))
@@ -293,27 +298,24 @@ def compare(
 
     def run(peer: Peer) -> None:
         await_quiet()
-        measured[peer.name].append(execute(peer, *ready[peer.name], work, timeout))
+        memory_rate = memory_bandwidth()  # it changes from minute to minute
+        measured[peer.name].append(execute(peer, *ready[peer.name], work, timeout) | {"memory_rate": memory_rate})
 
     for peer in peers:
         click.echo(f"preparing {peer.name}", err=True)
         attempt(peer, functools.partial(prepare, peer))
-    bandwidths = []
     for number in range(rounds):
-        await_quiet()
-        bandwidths.append(memory_bandwidth())
         for peer in peers:
             click.echo(f"round {number + 1} of {rounds}: {peer.name}", err=True)
             attempt(peer, functools.partial(run, peer))
     reference = next((measured[p.name][0]["outputs"] for p in peers if p.name == REFERENCE and measured[p.name]), None)
-    bandwidth = max((b for b in bandwidths if b is not None), default=None)  # others can only lower it
     rows = []
     for peer in peers:
         version = ready[peer.name][0].version if peer.name in ready else ""
         if peer.name in failures:
             rows.append(Row(peer.engine, peer.dtype, version, note=failures[peer.name]))
         else:
-            rows.append(row_of(peer, version, job, measured[peer.name], reference, asked[peer.name], bandwidth))
+            rows.append(row_of(peer, version, job, measured[peer.name], reference, asked[peer.name]))
     return rows
 
 

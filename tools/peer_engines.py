@@ -28,6 +28,7 @@ class Peer:
 
     ``engine`` is the name on the command line and ``driver`` the module in `DRIVERS`; ``weights`` is which form of the
     model it reads: "artifact:FORMAT", "folder" (Hugging Face, float32), "gguf" or "gguf:TYPE" (requantised).
+    ``kv_cache_dtype`` is that of distaff's cache where it is not the weights'.
     ``requirements`` are installed one after another, with ``install_environment``, into an environment of its own, and
     ``unwanted`` removed again; none means the current environment. ``distribution`` is the package whose version is
     shown; it is installed again for every comparison if it is ``in_development``.
@@ -39,6 +40,7 @@ class Peer:
     weights: str
     distribution: str
     options: Mapping[str, Any]
+    kv_cache_dtype: str = "auto"
     requirements: tuple[str, ...] = ()
     unwanted: tuple[str, ...] = ()
     in_development: bool = False
@@ -48,7 +50,8 @@ class Peer:
     @property
     def name(self) -> str:
         """Unique among `PEERS`, fit for file names."""
-        return f"{self.engine}-{self.dtype.split()[0]}"
+        cache = "" if self.kv_cache_dtype == "auto" else f"-kv-{self.kv_cache_dtype}"
+        return f"{self.engine}-{self.dtype.split()[0].rstrip(',')}{cache}"
 
 
 def _vllm_environment(prefix: Path) -> Mapping[str, str]:
@@ -78,14 +81,17 @@ def _vllm(dtype: str) -> Peer:
     )
 
 
-def _distaff(form: str, engine: str = "distaff", pool: int = 256 << 20, **environment: Any) -> Peer:
+def _distaff(
+    form: str, engine: str = "distaff", pool: int = 256 << 20, cache: str = "auto", **environment: Any
+) -> Peer:
     return Peer(
         engine=engine,
         driver="distaff_engine",
-        dtype=form,
+        dtype=form if cache == "auto" else f"{form}, {cache} cache",
         weights=f"artifact:{form}",
         distribution="distaff",
         options={"kv_cache_memory_bytes": pool},
+        kv_cache_dtype=cache,
         **environment,
     )
 
@@ -108,10 +114,12 @@ PEERS = (
     _distaff("float32"),
     _distaff("bfloat16"),
     _distaff("int8"),
+    _distaff("int8", cache="int8"),
     _distaff("gguf"),
     # With as large a pool as vLLM, which takes no smaller one.
     _distaff("bfloat16", "distaff-1GiB", 1 << 30),
     _distaff("int8", "distaff-1GiB", 1 << 30),
+    _distaff("int8", "distaff-1GiB", 1 << 30, cache="int8"),
     # What XLA does by itself: distaff as it installs where there is no C++ compiler.
     _distaff(
         "float32",

@@ -21,6 +21,7 @@ _COLUMNS = (
     ("decode_per_s", "alone: decode tokens/s"),
     ("step_mib", "alone: MiB a step reads"),
     ("memory_share", "alone: of the memory's limit"),
+    ("memory_gb_per_s", "memory just before: long reads [GB/s]"),
     ("gops", "all: Gop/s"),
     ("long_prompt_s", "512-token prompt to token [s]"),
     ("shared_prefix_s", "32 requests sharing 400 tokens [s]"),
@@ -37,9 +38,9 @@ class Row:
     """The results of an engine; without them, ``note`` has the reason.
 
     ``step_mib`` is what a step must read, ``memory_share`` the decode rate over that at which the memory could give it,
-    ``gops`` the operations of all requests over their time (see `distaff.tools.roofline`). ``agreement`` is the share
-    of requests whose first tokens are those of distaff's float32; ``spread`` the range of the rounds' times for all
-    requests over their median.
+    ``memory_gb_per_s`` what the memory gave for some seconds just before the engine ran, ``gops`` the operations of all
+    requests over their time (see `distaff.tools.roofline`). ``agreement`` is the share of requests whose first tokens
+    are those of distaff's float32; ``spread`` the range of the rounds' times for all requests over their median.
     """
 
     engine: str
@@ -54,6 +55,7 @@ class Row:
     peak_mib: float | None = None
     step_mib: float | None = None
     memory_share: float | None = None
+    memory_gb_per_s: float | None = None
     gops: float | None = None
     agreement: float | None = None
     spread: float | None = None
@@ -101,7 +103,7 @@ def write_plot(path: Path, rows: Sequence[Row]) -> None:
     from matplotlib import pyplot
 
     shown = [row for row in rows if row.output_per_s is not None][::-1]  # bars are drawn from below
-    labels = [f"{row.engine}\n{row.dtype.split(',')[0]}" for row in shown]
+    labels = [f"{row.engine}\n{row.dtype}" for row in shown]
     figure, panels = pyplot.subplots(1, len(_PANELS), figsize=(3.2 * len(_PANELS), 1 + 0.5 * len(shown)), sharey=True)
     for axes, name in zip(panels, _PANELS, strict=True):
         bars = axes.barh(labels, [getattr(row, name) or 0.0 for row in shown])

@@ -63,15 +63,12 @@ def work(config: ModelConfig, sizes: Sizes, job: Mapping[str, Any]) -> Work:
     return Work(sizes.weights + sizes.cache_per_token * context, operations)
 
 
-def memory_bandwidth(repeats: int = 5) -> float | None:
-    """Bytes a second that all cores together read from memory; None without the native kernels."""
+def memory_bandwidth() -> float | None:
+    """Bytes a second that all cores together read from memory for some seconds; None without the native kernels."""
     from distaff.kernels import native
 
     if not native.available():
         return None
-    from distaff.tools.bench_roofline import Roofline
+    from distaff.tools.bench_roofline import READ_SECONDS, Roofline
 
-    roofline = Roofline()
-    for _ in range(repeats):
-        roofline.measure()
-    return roofline.read
+    return Roofline(read_seconds=READ_SECONDS).read

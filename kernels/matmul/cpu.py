@@ -55,6 +55,7 @@ def matmul(
         activation=np.int32(0 if spec.activation is None else 1 + list(ACTIVATIONS).index(spec.activation)),
         gated=spec.gated,
         int8_activations=spec.activations == "int8",
+        x_group=np.int64(_panel_format(spec).x_group),
         places=places,
     )
     return list(found)
@@ -71,11 +72,16 @@ def embed_rows(spec: MatmulSpec, arrays: tuple[Operand, ...], tokens: jax.Array)
 
 
 def _weight_attributes(spec: MatmulSpec) -> dict[str, Any]:
-    assert isinstance(spec.format, PanelFormat)
+    format = _panel_format(spec)
     return {
         "rows": np.int64(spec.rows),
         "columns": np.int64(spec.columns),
-        "kind": np.int32(list(STEP_ROWS).index(spec.format.kind)),
-        "group": np.int32(spec.format.group),
-        "offsets": spec.format.offsets,
+        "kind": np.int32(list(STEP_ROWS).index(format.kind)),
+        "group": np.int32(format.group),
+        "offsets": format.offsets,
     }
+
+
+def _panel_format(spec: MatmulSpec) -> PanelFormat:
+    assert isinstance(spec.format, PanelFormat)
+    return spec.format

@@ -73,8 +73,8 @@ def matmul(
     of the result, and that is ``activation(gate) * up`` (+ ``residual[M, F]``).
 
     A bfloat16 weight takes x rounded to bfloat16 and adds products in float32. For an int8 or int4 weight x is rounded
-    to int8 by its largest number in each row, and group if there are groups; products are added as integers in a group
-    and in float32 across groups. With ``activations="float32"`` x is kept, and the weights are made float32.
+    to int8 as the format says (`PanelFormat`); products are added as integers in a group and in float32 across groups.
+    With ``activations="float32"`` x is kept, and the weights are made float32.
     (The reference always keeps x and weights in float32.)
 
     If W is several matrices side by side, each padded to whole panels of 16 columns, ``parts`` are their widths without

@@ -34,6 +34,7 @@ from distaff.kernels.matmul.quantise import quantise
 # Rows of the matrix that 64 bytes of a panel of 16 columns hold; the position here is the kind's number in C++.
 STEP_ROWS = {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 8}
 GROUPS = (32, 64, 128)
+X_GROUP = 32
 
 _GGUF = {"q8_0": ("int8", False), "q4_0": ("int4", False), "q4_1": ("int4", True)}
 _SHORT = {"float32": "f32", "bfloat16": "bf16"}
@@ -48,12 +49,17 @@ class PanelFormat(WeightFormat):
     ``scale * q (+ offset)`` with q in -128..127. int4: ``scale * (q - 8)`` or ``scale * q + offset`` with q in 0..15.
     So GGUF's Q8_0, Q4_0 and Q4_1 are groups of 32.
 
+    Activations are rounded to int8 for these, each row in steps of its largest number / 127, or each group of a row
+    where the weight has groups. With ``x_group`` 32 (and no groups) the step of each 32 numbers of a row is the row's,
+    divided by the largest power of two that they allow: better than none, and nearly as fast.
+
     Raises `WeightFormatError` for what does not exist.
     """
 
     kind: str
     group: int = 0
     offsets: bool = False
+    x_group: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in STEP_ROWS:
@@ -64,6 +70,8 @@ class PanelFormat(WeightFormat):
             raise WeightFormatError("int4 needs a group of 32, 64 or 128 rows that share a scale")
         if self.offsets and not self.group:
             raise WeightFormatError(f"{self.kind} has offsets only with groups")
+        if self.x_group and (self.kind != "int8" or self.group or self.x_group != X_GROUP):
+            raise WeightFormatError(f"activations alone have groups of {X_GROUP}, beside int8 without groups")
 
     @property
     def quantised(self) -> bool:
@@ -87,11 +95,13 @@ class PanelFormat(WeightFormat):
 
     @property
     def name(self) -> str:
-        """f32, bf16, int8-channel, int8g64, int4g32, q4_1 ..."""
+        """f32, bf16, int8-channel, int8x32, int8g64, int4g32, q4_1 ..."""
         if not self.quantised:
             return _SHORT[self.kind]
         if self.offsets and (self.kind, self.group) == ("int4", 32):
             return "q4_1"
+        if self.x_group:
+            return f"int8x{self.x_group}"
         return f"{self.kind}g{self.group}{'o' * self.offsets}" if self.group else f"{self.kind}-channel"
 
     def __str__(self) -> str:
@@ -163,14 +173,17 @@ class PanelFormat(WeightFormat):
         return matrix
 
 
-@weight_formats("f32", "bf16", "int8", "int8-channel", "int4", "q4_1")
+@weight_formats("f32", "bf16", "int8", "int8x32", "int8-channel", "int4", "q4_1")
 def read_name(name: str) -> PanelFormat | None:
     """Names as `PanelFormat.name` writes them, the kinds, and GGUF's Q8_0, Q4_0, Q4_1.
 
-    int8 and int4 alone are in groups of 32, int4 with offsets: 16 values are too few to spend half on one sign.
+    int8 and int4 alone are in groups of 32, int4 with offsets: 16 values are too few to spend half on one sign. int8x32
+    has groups of activations alone.
     """
     if name in ("int8", "int4"):
         return PanelFormat(name, 32, offsets=name == "int4")
+    if name == f"int8x{X_GROUP}":
+        return PanelFormat("int8", x_group=X_GROUP)
     if name == "int8-channel":
         return PanelFormat("int8")
     if name.lower() in _GGUF:

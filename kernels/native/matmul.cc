@@ -65,7 +65,7 @@ std::string take_results(ffi::RemainingRets results, Matmul& call) {
 
 ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arguments, ffi::RemainingRets results,
                int64_t rows, int64_t columns, int32_t kind, int32_t group, bool offsets, int32_t operands,
-               float epsilon, int32_t activation, bool gated, bool int8_activations,
+               float epsilon, int32_t activation, bool gated, bool int8_activations, int64_t x_group,
                ffi::Span<const int64_t> places) {
   const Timed timed(timer);
   Matmul call{};
@@ -89,6 +89,9 @@ ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs argume
   PackedWeight weight(rows, columns, kind, group, offsets, gated);
   if (auto message = weight.read(others, 0); !message.empty()) return refuse(message);
   call.weight = weight.matrix;
+  const bool may_group_x = call.weight.kind == WeightKind::kInt8 && call.weight.group == 0 && x_group == kXGroup;
+  if (x_group != 0 && !may_group_x) return refuse("such groups of x are not supported for this kind of weight");
+  call.x_group = x_group;
   if (call.weight.quantised()) {
     call.x_as = int8_activations ? Activations::Kind::kInt8 : Activations::Kind::kFloat32;
   } else {
@@ -131,6 +134,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(distaff_matmul, run,
                                   .Attr<int32_t>("activation")
                                   .Attr<bool>("gated")
                                   .Attr<bool>("int8_activations")
+                                  .Attr<int64_t>("x_group")
                                   .Attr<ffi::Span<const int64_t>>("places"));
 DISTAFF_REGISTER(distaff_matmul);
 

@@ -47,10 +47,13 @@ struct Activations {
   enum class Kind { kFloat32, kBfloat16, kInt8 };
   uint8_t* values;
   int64_t stride;  // bytes from row to row
-  // For int8, [rows, groups] each: the scale, -zero times the sum of the integers, and scale times that sum.
+  // For int8, [rows, groups] each: the scale, what integer sums of products begin at (-zero times the sum of the
+  // integers), and scale times that sum.
   float* scales;
   int32_t* shifts;
   float* sums;
+  // With groups of x alone [rows, groups], while `scales` is [rows]; see Matmul::x_group.
+  float* origins;
 };
 
 // Where some of the columns of a result go: those of panels from `first_panel` on, `columns` of them.
@@ -67,6 +70,11 @@ struct Matmul {
   const void* x;  // [M, K], float32 or bfloat16
   bool x_is_bf16;
   Activations::Kind x_as;  // what is multiplied
+  // If x is made int8 for a weight without groups: how many numbers of a row share a step, which is the row's divided by
+  // a power of two; 0: all. Then integer sums begin at the bits of an `origin`, a float32 whose last place is one over
+  // that power. So the bits that they end at are a float32, too: the origin plus the sum in steps of the row. It takes
+  // additions alone to add it to those of other groups, and processors have more units for these than for products.
+  int64_t x_group;
   const float* norm_weight;  // [K], or null: no RMS norm
   float norm_epsilon;
   const float* bias;  // null, or [N], in the order of the packed columns
@@ -80,6 +88,10 @@ struct Matmul {
 
   DISTAFF_INLINE int64_t out_columns() const { return gated ? weight.columns / 2 : weight.columns; }
   DISTAFF_INLINE int64_t panels() const { return (out_columns() + kLanes - 1) / kLanes * (gated ? 2 : 1); }
+  // In how many groups a row of x is made int8.
+  DISTAFF_INLINE int64_t x_groups() const {
+    return x_group > 0 ? (weight.padded_rows() + x_group - 1) / x_group : weight.groups();
+  }
   // Whether quantised weights are made float32 again, instead of x int8.
   DISTAFF_INLINE bool widens() const { return weight.quantised() && x_as == Activations::Kind::kFloat32; }
 };
@@ -104,6 +116,7 @@ extern const MatmulKernels kMatmulGeneric, kMatmulAvx2, kMatmulAvx512, kMatmulAv
 
 constexpr int64_t kMostTilePanels = 4;
 constexpr int64_t kWidenedRows = 128;  // of W, made float32 at a time
+constexpr int64_t kXGroup = 32;        // the x_group that there is
 
 DISTAFF_INLINE int64_t prepare_floats(const Matmul& call) { return round_up(call.weight.padded_rows(), 2 * kLanes); }
 DISTAFF_INLINE int64_t block_floats(const Matmul& call, int64_t rows) {

@@ -110,6 +110,49 @@ void quantise(const float* from, int64_t groups, int64_t size, int32_t zero, int
   for (int64_t g = 0; g < groups; ++g) shifts[g] = -zero * static_cast<int32_t>(counts[g]);
 }
 
+// int8 of `groups` times kXGroup floats, each group in steps of `scale` divided by a power of two, as Matmul::x_group
+// says.
+void quantise_in_powers(const float* from, int64_t groups, int32_t zero, int8_t* to, float* scale, int32_t* shifts,
+                        float* origins) {
+  static_assert(kXGroup == 2 * kLanes);
+  const auto size_at = [from](int64_t k) { return Simd::abs(Simd::load(from + k)); };
+  Simd::F each[kLanes], row = Simd::zero();
+  for (int64_t first = 0; first < groups; first += kLanes) {
+    const int64_t count = least(groups - first, kLanes);
+    for (int64_t g = 0; g < kLanes; ++g) {
+      const int64_t k = (first + g) * kXGroup;
+      each[g] = g < count ? Simd::max(size_at(k), size_at(k + kLanes)) : Simd::zero();
+    }
+    const Simd::F largest = Simd::largest_each(each);
+    row = Simd::max(row, largest);
+    Simd::store_first(origins + first, largest, count);
+  }
+  const float least_size = 1e-30f, largest = Simd::largest(Simd::max(row, Simd::all(least_size)));
+  *scale = largest / 127;
+  for (int64_t first = 0; first < groups; first += kLanes) {
+    const int64_t count = least(groups - first, kLanes);
+    const Simd::F sizes = Simd::max(Simd::load_first(origins + first, count), Simd::all(least_size));
+    const Simd::F power = Simd::power_of_two(Simd::min(Simd::div(Simd::all(largest), sizes), Simd::all(0x1p20f)));
+    const Simd::F origin = Simd::div(Simd::all(0x1.8p23f), power);
+    alignas(64) float inverses[kLanes], counts[kLanes];
+    alignas(64) int32_t bits[kLanes];
+    Simd::store(inverses, Simd::mul(Simd::all(127 / largest), power));
+    Simd::store_first(origins + first, origin, count);
+    __builtin_memcpy(bits, &origin, sizeof bits);
+    for (int64_t g = 0; g < count; ++g) {
+      const int64_t k = (first + g) * kXGroup;
+      const Simd::F inverse = Simd::all(inverses[g]);
+      const Simd::I a = Simd::nearest(Simd::mul(Simd::load(from + k), inverse));
+      const Simd::I b = Simd::nearest(Simd::mul(Simd::load(from + k + kLanes), inverse));
+      Simd::store_int8(to + k, a);
+      Simd::store_int8(to + k + kLanes, b);
+      each[g] = Simd::to_float(Simd::int_add(a, b));
+    }
+    Simd::store(counts, Simd::sum_each(each));
+    for (int64_t g = 0; g < count; ++g) shifts[first + g] = bits[g] - zero * static_cast<int32_t>(counts[g]);
+  }
+}
+
 // A part of what the tiles of a block will read first, so that it comes while rows are made ready: the beginnings of two
 // panels.
 void fetch_first_panels(const Matmul& call, const Block& block, int64_t part, int64_t parts) {
@@ -135,6 +178,12 @@ void prepare(const Matmul& call, const Block& block, const Activations& to, floa
       normalised_row(call, row, reinterpret_cast<uint16_t*>(values));
     } else {
       normalised_row(call, row, scratch);
+      if (call.x_group > 0) {
+        const int64_t first = at * call.x_groups();
+        quantise_in_powers(scratch, call.x_groups(), call.weight.zero(), reinterpret_cast<int8_t*>(values),
+                           to.scales + at, to.shifts + first, to.origins + first);
+        continue;
+      }
       for (int64_t g = 0; g < groups; g += kLanes) {
         const int64_t first = at * groups + g;
         quantise(scratch + g * size, least(groups - g, kLanes), size, call.weight.zero(),

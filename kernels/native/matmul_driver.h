@@ -89,13 +89,14 @@ class Workspace {
     using Kind = Activations::Kind;
     const int64_t element = call.x_as == Kind::kInt8 ? 1 : call.x_as == Kind::kBfloat16 ? 2 : 4;
     const int64_t rows = block.row_end - block.row_begin;
-    const int64_t groups = call.x_as == Kind::kInt8 ? rows * call.weight.groups() : 0;
+    const int64_t groups = call.x_as == Kind::kInt8 ? rows * call.x_groups() : 0;
     Activations& to = activations_;
     to.stride = round_up(prepare_floats(call) * element, 64) + 64;  // not a power of two: rows share few cache sets
-    to.values = rows_.get<uint8_t>(rows * to.stride + 3 * groups * sizeof(float));
+    to.values = rows_.get<uint8_t>(rows * to.stride + 4 * groups * sizeof(float));
     to.scales = reinterpret_cast<float*>(to.values + rows * to.stride);
     to.sums = to.scales + groups;
-    to.shifts = reinterpret_cast<int32_t*>(to.sums + groups);
+    to.origins = to.sums + groups;
+    to.shifts = reinterpret_cast<int32_t*>(to.origins + groups);
     kernels.prepare(call, block, to, floats(prepare_floats(call)));
     number_ = number;
     first_row_ = block.row_begin;

@@ -19,10 +19,15 @@ namespace {
 
 // --- tiles of integers ---
 
+// What shares a scale: whole columns and rows of x; groups of both; whole columns, and groups of x in powers of two of
+// their row's scale.
+enum class Scales { kWhole, kGroups, kPowers };
+
 // Integer sums over a group, then c += sum * (scale of w) * (scale of x) [+ offset of w * sum of x]. Sums start at
 // -zero * (sum of x), since what is stored is q + zero. A column with one scale counts as one group in each tile.
-template <bool kInt4, bool kGrouped, int R, int P>
+template <bool kInt4, Scales kScales, int R, int P>
 void int_tile(const Tile& t) {
+  constexpr bool kGrouped = kScales == Scales::kGroups, kPowers = kScales == Scales::kPowers;
   Simd::F sums[R][P];
   const auto load_sums = [&]() DISTAFF_UNROLLED {
     unrolled<R>([&](auto r) DISTAFF_UNROLLED {
@@ -32,11 +37,17 @@ void int_tile(const Tile& t) {
     });
   };
   if constexpr (kGrouped) load_sums();
+  Simd::F row_sums[R][P];  // in steps of the rows
+  if constexpr (kPowers) {
+    unrolled<R>([&](auto r) DISTAFF_UNROLLED {
+      unrolled<P>([&](auto p) DISTAFF_UNROLLED { row_sums[r][p] = Simd::zero(); });
+    });
+  }
   NextPanels<P> next(t);
   for (int64_t g = 0, done = 0; done < t.steps; ++g, done += t.group_steps) {
     Simd::I acc[R][P];
     unrolled<R>([&](auto r) DISTAFF_UNROLLED {
-      const Simd::I shift = Simd::int_all(kGrouped || t.first ? t.a_shifts[r * t.groups + g] : 0);
+      const Simd::I shift = Simd::int_all(kGrouped || kPowers || t.first ? t.a_shifts[r * t.groups + g] : 0);
       unrolled<P>([&](auto p) DISTAFF_UNROLLED { acc[r][p] = shift; });
     });
     // 64 bytes of each panel against 4 bytes of each row.
@@ -46,8 +57,7 @@ void int_tile(const Tile& t) {
         unrolled<P>([&](auto p) DISTAFF_UNROLLED { acc[r][p] = Simd::dot_4(acc[r][p], w[p], x); });
       });
     };
-    const int64_t end = least(done + t.group_steps, t.steps);
-    for (int64_t s = done; s < end; ++s) {
+    const auto step = [&](int64_t s) DISTAFF_UNROLLED {
       next.step();
       const auto load = [&](int p) DISTAFF_UNROLLED { return Simd::load_64(t.w + p * t.w_stride + s * kStepBytes); };
       Simd::I w[P];
@@ -60,21 +70,46 @@ void int_tile(const Tile& t) {
         unrolled<P>([&](auto p) DISTAFF_UNROLLED { w[p] = load(p); });
         dot(t.a + s * 4, w);
       }
+    };
+    const int64_t end = least(done + t.group_steps, t.steps);
+    constexpr int kSteps = kXGroup / 4;
+    if (kPowers && end - done == kSteps) {
+      unrolled<kSteps>([&](auto s) DISTAFF_UNROLLED { step(done + s); });
+    } else {
+      for (int64_t s = done; s < end; ++s) step(s);
     }
-    if constexpr (!kGrouped) load_sums();  // not before: a tile without groups has no registers for them
-    unrolled<P>([&](auto p) DISTAFF_UNROLLED {
-      const int64_t scale = kGrouped ? (p * t.groups + g) * kLanes : p * kLanes;
-      const Simd::F w_scale = kGrouped ? Simd::load_half(t.group_scales + scale) : Simd::load(t.column_scales + scale);
+    if constexpr (kPowers) {
       unrolled<R>([&](auto r) DISTAFF_UNROLLED {
-        const Simd::F scales = Simd::mul(w_scale, Simd::all(t.a_scales[r * t.groups + g]));
-        sums[r][p] = Simd::fma(Simd::to_float(acc[r][p]), scales, sums[r][p]);
-      });
-      if (kGrouped && t.group_offsets != nullptr) {
-        const Simd::F offset = Simd::load_half(t.group_offsets + scale);
-        unrolled<R>([&](auto r) DISTAFF_UNROLLED {
-          sums[r][p] = Simd::fma(offset, Simd::all(t.a_sums[r * t.groups + g]), sums[r][p]);
+        const Simd::F origin = Simd::all(t.a_origins[r * t.groups + g]);
+        unrolled<P>([&](auto p) DISTAFF_UNROLLED {
+          row_sums[r][p] = Simd::add(row_sums[r][p], Simd::sub(Simd::as_floats(acc[r][p]), origin));
         });
-      }
+      });
+    } else {
+      if constexpr (!kGrouped) load_sums();  // not before: a tile without groups has no registers for them
+      unrolled<P>([&](auto p) DISTAFF_UNROLLED {
+        const int64_t scale = kGrouped ? (p * t.groups + g) * kLanes : p * kLanes;
+        const Simd::F w_scale = kGrouped ? Simd::load_half(t.group_scales + scale) : Simd::load(t.column_scales + scale);
+        unrolled<R>([&](auto r) DISTAFF_UNROLLED {
+          const Simd::F scales = Simd::mul(w_scale, Simd::all(t.a_scales[r * t.groups + g]));
+          sums[r][p] = Simd::fma(Simd::to_float(acc[r][p]), scales, sums[r][p]);
+        });
+        if (kGrouped && t.group_offsets != nullptr) {
+          const Simd::F offset = Simd::load_half(t.group_offsets + scale);
+          unrolled<R>([&](auto r) DISTAFF_UNROLLED {
+            sums[r][p] = Simd::fma(offset, Simd::all(t.a_sums[r * t.groups + g]), sums[r][p]);
+          });
+        }
+      });
+    }
+  }
+  if constexpr (kPowers) {
+    load_sums();
+    unrolled<P>([&](auto p) DISTAFF_UNROLLED {
+      const Simd::F w_scale = Simd::load(t.column_scales + p * kLanes);
+      unrolled<R>([&](auto r) DISTAFF_UNROLLED {
+        sums[r][p] = Simd::fma(row_sums[r][p], Simd::mul(w_scale, Simd::all(t.a_scales[r])), sums[r][p]);
+      });
     });
   }
   unrolled<R>([&](auto r) DISTAFF_UNROLLED {
@@ -94,8 +129,9 @@ struct FloatTiles {
 struct IntTiles {
   template <int R, int P>
   static TileFunction of(const Matmul& call) {
-    if (call.weight.kind == WeightKind::kInt4) return int_tile<true, true, R, P>;
-    return call.weight.group > 0 ? int_tile<false, true, R, P> : int_tile<false, false, R, P>;
+    if (call.weight.kind == WeightKind::kInt4) return int_tile<true, Scales::kGroups, R, P>;
+    if (call.x_group > 0) return int_tile<false, Scales::kPowers, R, P>;
+    return call.weight.group > 0 ? int_tile<false, Scales::kGroups, R, P> : int_tile<false, Scales::kWhole, R, P>;
   }
 };
 
@@ -121,7 +157,7 @@ TileChoice choose_tiles(const Matmul& call) {
     if (call.x_as == Activations::Kind::kBfloat16) {
       return {MatrixUnit::kRows, [](const Matmul&, int64_t) -> TileFunction { return unit_bf16_tile<P>; }};
     }
-    if (is_int8 && call.weight.group == 0) {
+    if (is_int8 && call.weight.group == 0 && call.x_group == 0) {
       return {MatrixUnit::kRows, [](const Matmul&, int64_t) -> TileFunction { return unit_int8_tile<P>; }};
     }
   }
@@ -218,11 +254,12 @@ void finish(const Matmul& call, int64_t first_row, int64_t rows, const Sums& sum
 
 // How many steps of some panels all rows pass before the next ones. With few rows these are few, so that memory does not
 // wait long for the first rows; sums of integers cost more to put away, and with many rows memory has time.
-int64_t piece_steps(const WeightMatrix& weight, int64_t rows, int64_t panels) {
+int64_t piece_steps(const Matmul& call, int64_t rows, int64_t panels) {
+  const WeightMatrix& weight = call.weight;
   const int64_t most_bytes = (rows > 64 ? 256 : rows > 16 ? 40 : 24) * 1024;
   const int64_t pieces = (panels * weight.panel_bytes() + most_bytes - 1) / most_bytes;
   const int64_t steps = weight.padded_rows() / weight.step_rows();
-  return round_up((steps + pieces - 1) / pieces, weight.group > 0 ? weight.group / weight.step_rows() : 1);
+  return round_up((steps + pieces - 1) / pieces, most(1, most(weight.group, call.x_group) / weight.step_rows()));
 }
 
 // Products of a block's rows and P panels from `panel` on into their sums, and, with the last of the sums' panels, into
@@ -231,10 +268,10 @@ template <int P>
 void multiply(const Matmul& call, const Activations& x, const Block& block, int64_t panel, const Sums& sums,
               float* widened) {
   const WeightMatrix& weight = call.weight;
-  const int64_t groups = weight.groups(), scales = panel * groups * kLanes;
+  const int64_t groups = call.x_groups(), scales = panel * weight.groups() * kLanes;
   const int64_t step_rows = weight.step_rows(), steps = weight.padded_rows() / step_rows;
   const int64_t rows = block.row_end - block.row_begin;
-  const int64_t piece = call.widens() ? kWidenedRows / step_rows : piece_steps(weight, rows, P);
+  const int64_t piece = call.widens() ? kWidenedRows / step_rows : piece_steps(call, rows, P);
   const bool completes = panel + P == sums.panel + sums.panels;
   const TileChoice choice = choose_tiles<P>(call);
   const int64_t tiles = (rows + choice.rows - 1) / choice.rows;
@@ -271,6 +308,9 @@ void multiply(const Matmul& call, const Activations& x, const Block& block, int6
       group = step / t.group_steps;
       t.group_scales += group * kLanes;
       if (t.group_offsets != nullptr) t.group_offsets += group * kLanes;
+    } else if (call.x_group > 0) {
+      t.group_steps = call.x_group / step_rows;
+      group = step / t.group_steps;
     } else {
       t.group_steps = t.steps;
     }
@@ -282,9 +322,10 @@ void multiply(const Matmul& call, const Activations& x, const Block& block, int6
       t.next = next + i * ((t.steps + tiles - 1) / tiles) * kStepBytes;
       if (call.x_as == Activations::Kind::kInt8) {
         const int64_t at = row * groups + group;
-        t.a_scales = x.scales + at;
+        t.a_scales = x.scales + (call.x_group > 0 ? row : at);
         t.a_shifts = x.shifts + at;
         t.a_sums = x.sums + at;
+        t.a_origins = x.origins + at;
       }
       choice.of(call, count)(t);
       // At once, while the sums are near, so that memory takes results all along.
@@ -304,7 +345,7 @@ int64_t tile_panels(const Matmul& call) {
 #endif
   // Those of floats are high in place of wide, so that panels stay near; those of integers with groups keep two sums
   // for every number.
-  return call.x_as == Activations::Kind::kInt8 && call.weight.group == 0 ? 4 : 2;
+  return call.x_as == Activations::Kind::kInt8 && call.weight.group == 0 && call.x_group == 0 ? 4 : 2;
 }
 
 void compute_block(const Matmul& call, const Activations& x, const Block& block, float* scratch) {

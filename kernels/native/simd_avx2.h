@@ -77,6 +77,10 @@ struct Simd {
   static F fma(F a, F b, F c) {  // a * b + c
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
   }
+  static F power_of_two(F a) {  // the largest up to a, which is positive
+    const __m256 exponent = _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000));
+    return {_mm256_and_ps(a.low, exponent), _mm256_and_ps(a.high, exponent)};
+  }
   static F with_sign_of(F a, F sign) {  // of an `a` that is not negative
     const __m256 mask = _mm256_set1_ps(-0.0f);
     return {_mm256_or_ps(a.low, _mm256_and_ps(sign.low, mask)), _mm256_or_ps(a.high, _mm256_and_ps(sign.high, mask))};

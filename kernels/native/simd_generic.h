@@ -102,6 +102,9 @@ struct Simd {
   static F fma(F a, F b, F c) {  // a * b + c
     return each([&](int i) { return a.part[i] * b.part[i] + c.part[i]; });
   }
+  static F power_of_two(F a) {  // the largest up to a, which is positive
+    return each([&](int i) { return (Floats)((Words)a.part[i] & 0x7f800000u); });
+  }
   static F with_sign_of(F a, F sign) {  // of an `a` that is not negative
     return each([&](int i) { return (Floats)((Words)a.part[i] | ((Words)sign.part[i] & 0x80000000u)); });
   }

@@ -30,7 +30,8 @@ struct Tile {
   const float* a_scales;
   const int32_t* a_shifts;
   const float* a_sums;
-  int64_t groups;  // from row to row of these, and from panel to panel of the next, in units of 16
+  const float* a_origins;
+  int64_t groups;  // from row to row of these, and from panel to panel of scales of groups, in units of 16
   const float* column_scales;
   const uint16_t* group_scales;
   const uint16_t* group_offsets;

@@ -28,7 +28,7 @@ from distaff.kernels.matmul import (
 )
 from distaff.kernels.registry import explain
 
-FORMATS = ["f32", "bf16", "int8-channel", "int8g32", "int8g64o", "int8g128", "int4g32", "int4g64", "int4g128o", "q4_1"]
+FORMATS = "f32 bf16 int8x32 int8-channel int8g32 int8g64o int8g128 int4g32 int4g64 int4g128o q4_1".split()
 ACTIVATIONS = {
     None: lambda x: x,
     "silu": lambda x: x / (1 + np.exp(-x)),
@@ -71,7 +71,8 @@ class Call:
             weight = interleave_gated(weight, normal(self.rows, self.columns))
             packed_columns = weight.shape[1]
         self.packed = pack(weight, self.weight_format)
-        x = normal(self.tokens, self.rows) * np.exp(normal(self.tokens, 1))
+        sizes = np.exp(normal(self.tokens, -(-self.rows // 32)))  # of the groups of a row
+        x = normal(self.tokens, self.rows) * np.repeat(sizes, 32, 1)[:, : self.rows]
         self.x = jnp.asarray(x, self.dtype)
         self.arrays = {
             "norm_weight": normal(self.rows) if self.norm else None,
@@ -127,9 +128,13 @@ class Call:
             return np.abs(x) * 2**-8 * 1.001
         if format.kind == "float32" or self.activations == "float32":
             return np.zeros_like(x)
-        group = format.group or self.rows
+        group = format.group or format.x_group or self.rows
         groups = np.pad(np.abs(x), ((0, 0), (0, -self.rows % group))).reshape(len(x), -1, group)
-        return np.repeat(groups.max(2) / 254 * 1.001, group, 1)[:, : self.rows]
+        half_steps = groups.max(2) / 254
+        if format.x_group:  # the row's, divided by a power of two
+            row = np.maximum(half_steps.max(1, keepdims=True), 1e-30)
+            half_steps = row / 2 ** np.floor(np.log2(row / np.maximum(half_steps, row / 2**20)) + 1e-6)
+        return np.repeat(half_steps * 1.001, group, 1)[:, : self.rows]
 
 
 def check(call, **options):
@@ -159,6 +164,7 @@ calls = st.builds(
 @settings(max_examples=150, deadline=None)
 @given(calls)
 @example(Call("int8-channel", 1, 2000, 70, norm=True))
+@example(Call("int8x32", 7, 3000, 70, gated=True, activation="silu"))
 @example(Call("bf16", 5, 1600, 200, norm=True, gated=True, activation="silu"))
 @example(Call("int4g32", 7, 1600, 200, residual=True))
 def test_native_is_right(call):
@@ -345,6 +351,7 @@ def test_calls_that_do_not_fit(change, message):
         ({"rows": np.int64(41)}, r"x must be \[M, 41\]"),
         ({"kind": np.int32(9)}, "unknown kind of weight"),
         ({"kind": np.int32(3)}, "such groups or offsets are not supported"),
+        ({"x_group": np.int64(32)}, "such groups of x are not supported"),
         ({"columns": np.int64(40)}, "values of the weight must be 3840 bytes"),
         ({"operands": np.int32(2)}, "bias must be 20 float32"),
         ({"activation": np.int32(7)}, "unknown activation"),
@@ -356,7 +363,7 @@ def test_the_target_itself_refuses_what_would_read_elsewhere(change, message):
     attributes = {
         "rows": np.int64(40), "columns": np.int64(20), "kind": np.int32(1), "group": np.int32(0), "offsets": False,
         "operands": np.int32(0), "epsilon": np.float32(0), "activation": np.int32(0), "gated": False,
-        "int8_activations": True, "places": np.full(1, -1),
+        "int8_activations": True, "x_group": np.int64(0), "places": np.full(1, -1),
     }  # fmt: skip
     target = jax.ffi.ffi_call("distaff_matmul", jax.ShapeDtypeStruct((2, 20), np.float32))
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):

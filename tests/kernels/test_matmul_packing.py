@@ -27,7 +27,7 @@ GROUPED = [
     for group in (32, 64, 128)
     for offsets in (False, True)
 ]
-FORMATS = [*FLOATS, PanelFormat("int8"), *GROUPED]
+FORMATS = [*FLOATS, PanelFormat("int8"), PanelFormat("int8", x_group=32), *GROUPED]
 sizes = st.integers(1, 150)
 
 
@@ -42,6 +42,7 @@ def test_names_of_gguf_and_of_kinds():
     assert WeightFormat.parse("q4_1") == WeightFormat.parse("int4") == PanelFormat("int4", 32, offsets=True)
     assert WeightFormat.parse("q8_0") == WeightFormat.parse("int8") == PanelFormat("int8", 32)
     assert WeightFormat.parse("int8-channel") == PanelFormat("int8")
+    assert WeightFormat.parse("int8x32") == PanelFormat("int8", x_group=32)
     assert WeightFormat.parse("bfloat16") == PanelFormat("bfloat16")
 
 
@@ -58,6 +59,8 @@ def test_bytes_per_weight_are_those_of_gguf():
         (("int8", 48), "int8 in groups of 48"),
         (("bfloat16", 32), "bfloat16 in groups of 32"),
         (("int8", 0, True), "offsets only with groups"),
+        (("int8", 32, False, 32), "activations alone have groups of 32"),
+        (("bfloat16", 0, False, 32), "activations alone have groups of 32"),
     ],
 )
 def test_formats_that_do_not_exist(arguments, message):
@@ -127,7 +130,7 @@ def test_int4_is_better_than_rounding_by_the_largest_weight(format):
     assert np.square(ours - weight).mean() < 0.95 * np.square(plain.reshape(weight.shape) - weight).mean()
 
 
-@pytest.mark.parametrize("format", [PanelFormat("int8"), *GROUPED], ids=str)
+@pytest.mark.parametrize("format", [f for f in FORMATS if f.quantised], ids=str)
 def test_zeros_and_constants_stay(format):
     weight = np.zeros((70, 20), np.float32)
     assert not unpack(pack(weight, format)).any()

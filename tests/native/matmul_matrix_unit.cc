@@ -1,4 +1,4 @@
-// The kernels of matmul on a matrix unit made of plain C++, so that processors without one can test how they use it.
+// The kernels of matmul (and of its roofline) on a matrix unit made of plain C++, so that processors without one can test how they use it.
 #include "simd_generic.h"
 // `Simd` comes first, then `MatrixUnit`.
 #include "level.h"
@@ -81,8 +81,11 @@ struct MatrixUnit {
 
 #define DISTAFF_HAS_MATRIX_UNIT
 #include "matmul_kernels.h"
+#include "roofline_kernels.h"
 
 namespace distaff {
 extern const MatmulKernels kMatmulMatrixUnit;
+extern const RooflineKernels kRooflineMatrixUnit;
 const MatmulKernels kMatmulMatrixUnit = kMatmul;
+const RooflineKernels kRooflineMatrixUnit = kRoofline;
 }  // namespace distaff

@@ -3,17 +3,20 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <vector>
 
 #include "matmul_driver.h"
 #include "parallel.h"
+#include "roofline_driver.h"
 #include "std_pool.h"
 #include "threads.h"
 
 namespace distaff {
 
 extern const MatmulKernels kMatmulMatrixUnit;
+extern const RooflineKernels kRooflineMatrixUnit;
 
 namespace {
 
@@ -83,6 +86,7 @@ struct RandomCall {
     using Kind = Activations::Kind;
     if (w.quantised()) {
       call.x_as = below(random, 3) ? Kind::kInt8 : Kind::kFloat32;
+      if (w.kind == WeightKind::kInt8 && w.group == 0 && below(random, 2)) call.x_group = kXGroup;
     } else {
       call.x_as = w.kind == WeightKind::kFloat32 ? Kind::kFloat32 : Kind::kBfloat16;
     }
@@ -127,14 +131,17 @@ struct RandomCall {
       for (int64_t k = 0; k < size; ++k) values[k] *= scale * norm_weight[k];
     }
     error.assign(size, 0);
-    const int64_t group = call.weight.group > 0 ? call.weight.group : size;
-    for (int64_t k = 0; k < size; ++k) {
+    const auto largest = [&](int64_t begin, int64_t end) {
       double most = 0;
-      for (int64_t i = k / group * group; i < std::min(size, (k / group + 1) * group); ++i) {
-        most = std::max(most, std::abs(values[i]));
-      }
+      for (int64_t k = begin; k < std::min(size, end); ++k) most = std::max(most, std::abs(values[k]));
+      return most;
+    };
+    const int64_t group = call.weight.group > 0 ? call.weight.group : call.x_group > 0 ? call.x_group : size;
+    for (int64_t k = 0; k < size; ++k) {
+      const double most = largest(k / group * group, (k / group + 1) * group);
       using Kind = Activations::Kind;
-      if (call.x_as == Kind::kInt8) error[k] = most / 253;
+      // In powers of two a step may be twice as long, and is never shorter than a part of the row's.
+      if (call.x_as == Kind::kInt8) error[k] = call.x_group > 0 ? most / 126 + largest(0, size) * 1e-6 : most / 253;
       if (call.x_as == Kind::kBfloat16) error[k] = std::abs(values[k]) / 255;
       error[k] += std::abs(values[k]) * 2e-5;  // float32 all along
     }
@@ -189,11 +196,31 @@ struct RandomCall {
   }
 };
 
+// The peaks' loops do as many products as they are asked for, and the reading loop reads all.
+void check_roofline(const RooflineKernels& kernels) {
+  const int32_t words[] = {0x40000000, 0x40004000, 0x02020202};  // 2 in float32, bfloat16, int8
+  for (int kind = 0; kind < 3; ++kind) {
+    for (const int rounds : {1, 63, 64, 200}) {
+      const float found = kernels.multiply(kind, rounds, words[kind]) - kernels.multiply(kind, 0, words[kind]);
+      const float wanted = static_cast<float>(rounds * kPeakSteps * kLanes * 2 * 2 << kind);
+      CHECK(found == wanted, "%d rounds of kind %d add %f, not %f", rounds, kind, found, wanted);
+    }
+  }
+  std::vector<int32_t> numbers(3 * 64);
+  for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<int32_t>(i * i);
+  const float sum = kernels.read(reinterpret_cast<const uint8_t*>(numbers.data()), 4 * numbers.size());
+  CHECK(sum == std::accumulate(numbers.begin(), numbers.end(), 0), "read %f", sum);
+}
+
 }  // namespace
 }  // namespace distaff
 
 int main() {
   using namespace distaff;
+  check_roofline(kRooflineMatrixUnit);
+  for (int level = 0; level <= static_cast<int>(cpu_level()); ++level) {
+    check_roofline(roofline_kernels(static_cast<CpuLevel>(level)));
+  }
   StdPool pool(3);
   BasicThreads threads(pool.handle());
   int calls = 0;

@@ -118,7 +118,8 @@ def test_a_run_measures_and_compares(toys, tmp_path):
         assert row.total_per_s / row.output_per_s == pytest.approx((tokens + prompt) / tokens)
         assert row.output_per_s < tokens / (0.02 * max(job["counts"]))
         assert 5 < row.decode_per_s < 100  # the toy takes 20 ms a token
-        assert row.step_mib == 1 and row.memory_share == pytest.approx(row.decode_per_s / 1024)
+        assert row.step_mib == 1 and row.memory_gb_per_s == pytest.approx(2**30 / 1e9)
+        assert row.memory_share == pytest.approx(row.decode_per_s / 1024)
         assert row.gops == pytest.approx(5 * row.output_per_s / tokens)
         assert 1 < row.peak_mib < 1000
         assert 0.02 < row.long_prompt_s < 1 and 0.06 < row.shared_prefix_s < 5 and row.spread == 0
@@ -127,22 +128,25 @@ def test_a_run_measures_and_compares(toys, tmp_path):
 
 def test_engines_take_turns_and_rows_are_medians(toys, tmp_path, monkeypatch):
     seconds = iter([1.0, 2.0, 3.0, 2.0, 8.0, 2.0])
+    memory = iter([1e9, 1e9, 2e9, 2e9, 4e9, 4e9])
     order = []
 
     def execute(peer, python, job, work, timeout):
         order.append(peer.engine)
-        measured = {"first_token_at": 5.0, "startup_began": 4.0, "decode_per_s": None, "long_prompt_s": 1.0}
+        decode_per_s = 1e9 / 2**20 if peer.engine == "a" else None
+        measured = {"first_token_at": 5.0, "startup_began": 4.0, "decode_per_s": decode_per_s, "long_prompt_s": 1.0}
         measured |= {"shared_prefix_s": 1.0, "peak_bytes": 0, "others": 0.5, "outputs": [[1]], "seconds": next(seconds)}
         return measured
 
     monkeypatch.setattr(bench_peers, "execute", execute)
+    monkeypatch.setattr(bench_peers, "memory_bandwidth", lambda: next(memory))
     monkeypatch.setattr(bench_peers, "_BUSY_SHARE", 0.1)
     job = {"prompts": [[1]], "counts": [6]}
     rows = compare([toys("a"), toys("b")], job, Forms(None, tmp_path), tmp_path, tmp_path, 1.0, rounds=3)
     assert order == ["a", "b"] * 3
-    assert [(row.output_per_s, row.spread, row.decode_per_s) for row in rows] == [
-        (2.0, pytest.approx(7 / 3), None),
-        (3.0, 0, None),
+    assert [(row.output_per_s, row.spread, row.memory_gb_per_s, row.memory_share) for row in rows] == [
+        (2.0, pytest.approx(7 / 3), 2, pytest.approx(0.5)),
+        (3.0, 0, 2, None),
     ]
     assert all("others took 50%" in row.note for row in rows)
 
@@ -209,15 +213,21 @@ def test_artifacts_are_made_by_the_engines_own_interpreter_for_its_cache(tmp_pat
         return subprocess.CompletedProcess(command, 0, "noise\n/artifacts/x\n", "")
 
     monkeypatch.setattr(bench_peers.subprocess, "run", record)
-    peer = next(peer for peer in PEERS if peer.name == "distaff-gguf")
-    assert ModelForms(None, tmp_path).path(peer, Path("/env/python")) == Path("/artifacts/x")
-    ((python, script, job),) = ran
-    assert (python, Path(script).name) == ("/env/python", "compile_artifact.py")
-    assert json.loads(job) == {
-        "model": "smollm2-135m",
-        "options": {"max_model_len": 1024, "quantize": "gguf"},
-        "kv_cache_bytes": 256 << 20,
+    wanted = {
+        "distaff-gguf": ({"quantize": "gguf", "kv_cache_dtype": "auto"}, 256 << 20),
+        "distaff-int8-kv-int8": ({"quantize": "int8", "kv_cache_dtype": "int8"}, 256 << 20),
+        "distaff-1GiB-int8-kv-int8": ({"quantize": "int8", "kv_cache_dtype": "int8"}, 1 << 30),
     }
+    for name, (options, pool) in wanted.items():
+        peer = next(peer for peer in PEERS if peer.name == name)
+        assert ModelForms(None, tmp_path).path(peer, Path("/env/python")) == Path("/artifacts/x")
+        python, script, job = ran.pop()
+        assert (python, Path(script).name) == ("/env/python", "compile_artifact.py")
+        assert json.loads(job) == {
+            "model": "smollm2-135m",
+            "options": {"max_model_len": 1024, **options},
+            "kv_cache_bytes": pool,
+        }
 
 
 def test_work_counts_products():
@@ -245,14 +255,14 @@ def test_agreement_and_last_lines():
 
 
 def test_reports(tmp_path):
-    good = Row("distaff", "float32", "1", 1.25, 1234.5, 2000.0, 50.0, 0.4, 3.0, 700.0, 280.0, 0.9, 300.0, 0.5, 0.02, "")
+    good = Row(
+        "distaff", "float32", "1", 1.25, 1234.5, 2000.0, 50.0, 0.4, 3.0, 700.0, 280.0, 0.9, 42.5, 300.0, 0.5, 0.02
+    )
     failed = Row("vllm", "float32", note="failed: a | b")
     lines = markdown([good, failed]).splitlines()
-    cells = (
-        "| distaff | 1 | float32 | 1.25 | 1,234.5 | 2,000.0 | 50.0 | 280.0 | 90% | 300.0 | 0.40 | 3.00 | 700.0 | 50% "
-    )
-    assert lines[2] == cells + "| 2% |  |"
-    assert lines[3].count("–") == 12 and r"a \| b" in lines[3]
+    cells = "1.25 | 1,234.5 | 2,000.0 | 50.0 | 280.0 | 90% | 42.5 | 300.0 | 0.40 | 3.00 | 700.0 | 50% | 2% |  |"
+    assert lines[2] == "| distaff | 1 | float32 | " + cells
+    assert lines[3].count("–") == 13 and r"a \| b" in lines[3]
     write_json(tmp_path / "r.json", [good, failed], {"requests": 3})
     assert json.loads((tmp_path / "r.json").read_text())["rows"][1]["note"] == "failed: a | b"
     pytest.importorskip("matplotlib")
