@@ -312,7 +312,7 @@ void decode_as(const Call& call, const Piece& piece, const Piece* next, float* s
   memset(sums, 0, call.heads * width * sizeof *sums);
   for (int64_t head = 0; head < call.heads; ++head) {
     float loaded[kMostValues];
-    load_query(call, piece.token, head, loaded);
+    load_queries(call, piece.token, head, 1, loaded, 0);
     scales[head] = Keys<K>::pack(loaded, call.keys.size, q + head * words);
     rows[head] = start_row(call, piece.token, head);
   }

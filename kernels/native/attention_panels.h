@@ -7,7 +7,7 @@
 namespace distaff {
 namespace {
 
-constexpr int kTile = 64;  // the most keys of a tile
+constexpr int kTile = 128;  // the most keys of a tile
 
 // E is float, or uint16_t for bfloat16; a word holds so many values of the summed dimension.
 template <class E>
@@ -36,11 +36,11 @@ void multiply_panels(int64_t rows, int64_t panels, int64_t words, const float* a
   t.steps = words;
   t.c_stride = c_stride;
   t.first = first;
-  const int64_t tiles = (rows + Simd::kRows - 1) / Simd::kRows;
+  const int64_t tiles = (rows + Simd::kRows - 1) / Simd::kRows, least_height = rows / tiles, higher = rows % tiles;
   const auto columns = [&](auto count, int64_t panel) {
     t.w = reinterpret_cast<const uint8_t*>(b + panel * b_stride);
     for (int64_t i = 0, row = 0; i < tiles; ++i) {
-      const int64_t height = rows / tiles + (i < rows % tiles);
+      const int64_t height = least_height + (i < higher);
       t.a = reinterpret_cast<const uint8_t*>(a + row * a_stride);
       t.c = c + row * c_stride + panel * kLanes;
       product_tile<E, Simd::kRows, decltype(count)::kValue>(t, height);
@@ -49,6 +49,9 @@ void multiply_panels(int64_t rows, int64_t panels, int64_t words, const float* a
   };
   int64_t panel = 0;
   for (; panel + Simd::kPanels <= panels; panel += Simd::kPanels) columns(Constant<Simd::kPanels>{}, panel);
+  if constexpr (Simd::kPanels > 3) {
+    if (panels - panel == 3) return columns(Constant<3>{}, panel);
+  }
   if constexpr (Simd::kPanels > 2) {
     for (; panel + 2 <= panels; panel += 2) columns(Constant<2>{}, panel);
   }

@@ -51,9 +51,11 @@ inline void add_pieces(const Call& call, int64_t request, int64_t queries, std::
   for (int64_t token = first; token < end; token += queries) {
     const int count = static_cast<int>(std::min(queries, end - token));
     const int64_t begin = call.first_seen(call.positions[token]), last = call.positions[token + count - 1] + 1;
-    const int64_t each = decode ? heads * width / 8 : (count * heads + 8) * width / 32;
+    const int64_t keys = last - begin, rows = int64_t{count} * heads;
+    // A row of a block sees half of the block's own keys; each row and each key is also turned or packed.
+    const int64_t cost = decode ? keys * heads * width / 8 : ((keys - count / 2 + 16) * rows + 8 * keys) * width / 32;
     for (int head = 0; head < call.heads; head += heads) {
-      pieces.push_back({request, token, count, head, heads, begin, last, decode, (last - begin) * each, nullptr});
+      pieces.push_back({request, token, count, head, heads, begin, last, decode, cost, nullptr});
     }
   }
 }
@@ -81,8 +83,8 @@ inline void make_plan(const Call& call, int threads, Plan& plan) {
     const int64_t count = call.starts[r + 1] - call.starts[r];
     if (count > 1) prompt_tokens += count;
   }
-  // About 192 rows a block amortise packing keys and values; fewer where threads would go without work.
-  const int64_t wanted = std::max<int64_t>(1, 192 / call.groups()), share = prompt_tokens * call.kv_heads / (3 * threads);
+  // About 384 rows a block amortise packing keys and values; fewer where threads would go without work.
+  const int64_t wanted = std::max<int64_t>(1, 384 / call.groups()), share = prompt_tokens * call.kv_heads / (3 * threads);
   const int64_t queries = std::min(wanted, std::max<int64_t>({share, 16 / call.groups(), 1}));
   plan.whole.clear();
   for (int64_t r = 0; r < call.requests; ++r) add_pieces(call, r, queries, plan.whole);
@@ -104,7 +106,8 @@ inline void make_plan(const Call& call, int threads, Plan& plan) {
       next += floats_of(plan.pieces[i]);
     }
   }
-  // Each thread takes its share in order (parallel.h), so all are dealt the longest first and end together.
+  // Each thread takes its share in order (parallel.h), so all are dealt the longest first, back and forth,
+  // and end together.
   const auto count = static_cast<int>(plan.pieces.size());
   plan.sorted.resize(count);
   std::iota(plan.sorted.begin(), plan.sorted.end(), 0);
@@ -112,7 +115,10 @@ inline void make_plan(const Call& call, int threads, Plan& plan) {
                    [&](int a, int b) { return plan.pieces[a].cost > plan.pieces[b].cost; });
   plan.order.clear();
   for (int thread = 0; thread < threads; ++thread) {
-    for (int i = thread; i < count; i += threads) plan.order.push_back(plan.sorted[i]);
+    for (int round = 0; round < count; round += threads) {
+      const int i = round + (round / threads % 2 == 0 ? thread : threads - 1 - thread);
+      if (i < count) plan.order.push_back(plan.sorted[i]);
+    }
   }
 }
 

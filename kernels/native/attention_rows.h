@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "simd_math.h"
+#include "tiles.h"
 
 namespace distaff {
 namespace {
@@ -40,14 +41,20 @@ Simd::F load_first(const T* from, int64_t count) {
   return Simd::load(padded);
 }
 
+// to[i] = map(i, from[i]), 16 at a time.
+template <class From, class To, class Map>
+DISTAFF_INLINE void transform(const From* from, int64_t count, To* to, const Map& map) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) Simd::store(to + i, map(i, Simd::load(from + i)));
+  if (i >= count) return;
+  To last[kLanes];
+  Simd::store(last, map(i, load_first(from + i, count - i)));
+  memcpy(to + i, last, (count - i) * sizeof(To));
+}
+
 template <class From, class To>
 void convert(const From* from, int64_t count, To* to) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) Simd::store(to + i, Simd::load(from + i));
-  if (i == count) return;
-  To last[kLanes];
-  Simd::store(last, load_first(from + i, count - i));
-  memcpy(to + i, last, (count - i) * sizeof(To));
+  transform(from, count, to, [](int64_t, Simd::F x) { return x; });
 }
 
 // 64 bytes of E from as many values.
@@ -89,47 +96,73 @@ inline float quantise_row(const float* from, int64_t count, int8_t* to) {
   return step;
 }
 
-inline void load_row(Rows rows, int64_t at, int64_t count, float* to) {
-  if (rows.storage == Storage::kFloat32) return convert(static_cast<const float*>(rows.data) + at, count, to);
-  convert(static_cast<const uint16_t*>(rows.data) + at, count, to);
+// Calls use(row) with rows from value `at` on, as they are stored.
+template <class Use>
+DISTAFF_INLINE void with_row(Rows rows, int64_t at, const Use& use) {
+  if (rows.storage == Storage::kFloat32) return use(static_cast<const float*>(rows.data) + at);
+  use(static_cast<const uint16_t*>(rows.data) + at);
 }
 
-// Puts a head where the pool keeps that of a slot.
-inline void store_head(const Pool& pool, int64_t head, const float* from) {
+// Puts a head where the pool keeps that of a slot; load(to) writes it as float32 or bfloat16.
+template <class Load>
+DISTAFF_INLINE void store_head(const Pool& pool, int64_t head, const Load& load) {
   char* to = static_cast<char*>(pool.data) + head * pool.head_bytes();
-  if (pool.storage == Storage::kFloat32) return convert(from, pool.size, reinterpret_cast<float*>(to));
-  if (pool.storage == Storage::kBfloat16) return convert(from, pool.size, reinterpret_cast<uint16_t*>(to));
-  const float step = quantise_row(from, pool.size, reinterpret_cast<int8_t*>(to));
+  if (pool.storage == Storage::kFloat32) return load(reinterpret_cast<float*>(to));
+  if (pool.storage == Storage::kBfloat16) return load(reinterpret_cast<uint16_t*>(to));
+  float row[kMostValues];
+  load(row);
+  const float step = quantise_row(row, pool.size, reinterpret_cast<int8_t*>(to));
   memcpy(to + pool.size, &step, sizeof step);
 }
 
 // Turns one head of a token by the angles of its position.
-inline void rotate(const Call& call, int64_t position, float* __restrict row) {
-  const int size = call.rotary_size, half = size / 2;
-  const float* __restrict cos = call.cosines + position * size;
-  const float* __restrict sin = call.sines + position * size;
-  if (call.interleaved) {
-    for (int i = 0; i < size; i += 2) {
-      const float a = row[i], b = row[i + 1];
-      row[i] = a * cos[i] + b * sin[i];
-      row[i + 1] = b * cos[i + 1] + a * sin[i + 1];
-    }
-    return;
-  }
-  for (int i = 0; i < half; ++i) {
-    const float a = row[i], b = row[i + half];
+inline void rotate(const Call& call, const float* cos, const float* sin, float* row) {
+  const int size = call.rotary_size, half = size / 2, apart = call.interleaved ? 1 : half;
+  for (int pair = 0; pair < half; ++pair) {
+    const int i = call.interleaved ? 2 * pair : pair, j = i + apart;
+    const float a = row[i], b = row[j];
     row[i] = a * cos[i] + b * sin[i];
-    row[i + half] = b * cos[i + half] + a * sin[i + half];
+    row[j] = b * cos[j] + a * sin[j];
   }
 }
 
-// A query head, turned and scaled, so that its product with a key is a score; zeros up to a multiple of 16.
-inline void load_query(const Call& call, int64_t token, int64_t head, float* to) {
-  const int64_t size = call.keys.size;
-  load_row(call.q, (token * call.heads + head) * size, size, to);
-  if (call.cosines != nullptr) rotate(call, call.positions[token], to);
-  const Simd::F scale = Simd::all(call.scale * kLog2E);
-  for (int64_t i = 0; i < size; i += kLanes) Simd::store(to + i, Simd::mul(load_first(to + i, size - i), scale));
+// Some heads of queries or keys of a token, turned by the angles of its position and scaled, `stride` apart.
+template <class To>
+DISTAFF_INLINE void load_turned(const Call& call, Rows rows, int64_t token, int64_t head, int64_t heads, float factor,
+                                To* to, int64_t stride) {
+  const int64_t size = call.keys.size, rotary = call.cosines == nullptr ? 0 : call.rotary_size, half = rotary / 2;
+  const float *cos = call.cosines + call.positions[token] * rotary, *sin = call.sines + call.positions[token] * rotary;
+  const Simd::F scale = Simd::all(factor);
+  const auto scaled = [=](int64_t, Simd::F x) DISTAFF_UNROLLED { return Simd::mul(x, scale); };
+  with_row(rows, head * size, [=](const auto* row) DISTAFF_UNROLLED {
+    if (rotary != 0 && (call.interleaved || half % kLanes != 0)) {
+      for (int64_t h = 0; h < heads; ++h) {
+        float turned[kMostValues];
+        convert(row + h * size, size, turned);
+        rotate(call, cos, sin, turned);
+        transform(turned, size, to + h * stride, scaled);
+      }
+      return;
+    }
+    for (int64_t i = 0, j = half; i < half; i += kLanes, j += kLanes) {
+      const Simd::F cos_i = scaled(i, Simd::load(cos + i)), cos_j = scaled(j, Simd::load(cos + j));
+      const Simd::F sin_i = scaled(i, Simd::load(sin + i)), sin_j = scaled(j, Simd::load(sin + j));
+      for (int64_t h = 0; h < heads; ++h) {
+        const Simd::F a = Simd::load(row + h * size + i), b = Simd::load(row + h * size + j);
+        Simd::store(to + h * stride + i, Simd::fma(a, cos_i, Simd::mul(b, sin_i)));
+        Simd::store(to + h * stride + j, Simd::fma(b, cos_j, Simd::mul(a, sin_j)));
+      }
+    }
+    for (int64_t h = 0; h < heads && rotary < size; ++h) {
+      transform(row + h * size + rotary, size - rotary, to + h * stride + rotary, scaled);
+    }
+  });
+}
+
+// Query heads, whose products with keys are scores.
+template <class To>
+void load_queries(const Call& call, int64_t token, int64_t head, int64_t heads, To* to, int64_t stride) {
+  load_turned(call, call.q, token, token * call.heads + head, heads, call.scale * kLog2E, to, stride);
 }
 
 // Asks for the token of a slot.
@@ -144,16 +177,14 @@ void write_rows(const Call& call, int64_t first, int64_t end) {
     prefetch_slot(call, call.keys, call.slots[token]);
     if (call.v.data != nullptr) prefetch_slot(call, call.values, call.slots[token]);
   }
-  float row[kMostValues];
   for (int64_t token = first; token < end; ++token) {
     for (int64_t head = 0; head < call.kv_heads; ++head) {
       const int64_t from = token * call.kv_heads + head, to = int64_t{call.slots[token]} * call.kv_heads + head;
-      load_row(call.k, from * call.keys.size, call.keys.size, row);
-      if (call.cosines != nullptr) rotate(call, call.positions[token], row);
-      store_head(call.keys, to, row);
+      store_head(call.keys, to, [&](auto* key) { load_turned(call, call.k, token, from, 1, 1, key, 0); });
       if (call.v.data == nullptr) continue;
-      load_row(call.v, from * call.values.size, call.values.size, row);
-      store_head(call.values, to, row);
+      with_row(call.v, from * call.values.size, [&](const auto* row) {
+        store_head(call.values, to, [&](auto* value) { convert(row, call.values.size, value); });
+      });
     }
   }
 }
@@ -246,9 +277,8 @@ struct Offsets {
   }
 };
 
-// Scores as options and visibility change them; returns the highest of every lane.
-inline Simd::F change_scores(const Call& call, const Columns& keys, const Row& row, float* scores) {
-  Simd::F best = Simd::all(kLowest);
+// Scores as options change them.
+inline void change_scores(const Call& call, const Columns& keys, const Row& row, float* scores) {
   const Simd::F cap = Simd::all(call.softcap * kLog2E);
   for (int64_t i = 0; i < keys.columns; i += kLanes) {
     Simd::F s = Simd::load(scores + i);
@@ -258,46 +288,80 @@ inline Simd::F change_scores(const Call& call, const Columns& keys, const Row& r
       const float distance = static_cast<float>(row.position - keys.position - i);
       s = Simd::sub(s, Simd::mul(Simd::all(row.slope), Simd::sub(Simd::all(distance), Simd::lane_numbers())));
     }
-    const auto below = [i](int64_t column) { return (1u << most(0, least(column - i, kLanes))) - 1; };
-    s = Simd::choose(below(keys.end) & ~below(keys.first), s, Simd::all(-kInfinity));
     Simd::store(scores + i, s);
-    best = Simd::max(best, s);
   }
-  return best;
 }
 
-// Turns scores into weights, of which only those of visible columns are not zero, and scales what the row has seen
-// before to the new highest score; seldom, since weights may be as large as 2^kSlack.
-template <class Weight>
-DISTAFF_INLINE void weigh(const Call& call, const Columns& keys, Row& row, float* scores, Weight* weights, float* sums,
-                          int64_t width) {
+// Scores of columns that a row does not see become minus infinity.
+DISTAFF_INLINE void hide(const Columns& keys, float* scores) {
+  const auto keep = [&](int64_t i) {
+    const auto below = [i](int64_t column) { return (1u << most(0, least(column - i, kLanes))) - 1; };
+    const Simd::F seen = Simd::choose(below(keys.end) & ~below(keys.first), Simd::load(scores + i), Simd::all(-kInfinity));
+    Simd::store(scores + i, seen);
+  };
+  for (int64_t i = 0; i < keys.first; i += kLanes) keep(i);
+  for (int64_t i = keys.end / kLanes * kLanes; i < keys.columns; i += kLanes) keep(i);
+}
+
+// Turns scores of kColumns keys, or keys.columns if 0, into weights, and scales what the row has seen before to the new
+// highest score; seldom, since weights may be as large as 2^kSlack.
+template <class Weight, int kColumns = 0>
+DISTAFF_INLINE void add_weights(const Columns& keys, Row& row, const float* scores, Weight* weights, float* sums,
+                                int64_t width) {
   constexpr float kSlack = 8;
-  Simd::F best = Simd::load(scores);
-  if (keys.first > 0 || keys.end < keys.columns || keys.key_steps != nullptr || call.softcap != 0 || row.slope != 0) {
-    best = change_scores(call, keys, row, scores);
-  } else {
-    for (int64_t i = kLanes; i < keys.columns; i += kLanes) best = Simd::max(best, Simd::load(scores + i));
-  }
+  const int64_t columns = kColumns != 0 ? kColumns : keys.columns;
+  const auto score = [&](int64_t i) DISTAFF_UNROLLED {
+    const Simd::F product = Simd::load(scores + i);
+    return keys.key_steps == nullptr ? product : Simd::mul(product, Simd::load(keys.key_steps + i));
+  };
+  Simd::F best = score(0);
+#pragma GCC unroll 8
+  for (int64_t i = kLanes; i < columns; i += kLanes) best = Simd::max(best, score(i));
   if (Simd::at_least(best, Simd::all(row.highest + kSlack)) != 0) {
     const float highest = Simd::largest(best);
-    const Simd::F shrink = Simd::all(exp2(row.highest - highest));
+    if (row.highest != kLowest) {
+      const Simd::F shrink = exp2(Simd::all(row.highest - highest));
+      row.total = Simd::mul(row.total, shrink);
+      for (int64_t d = 0; d < width; d += kLanes) Simd::store(sums + d, Simd::mul(Simd::load(sums + d), shrink));
+    }
     row.highest = highest;
-    row.total = Simd::mul(row.total, shrink);
-    for (int64_t d = 0; d < width; d += kLanes) Simd::store(sums + d, Simd::mul(Simd::load(sums + d), shrink));
   }
   const Simd::F highest = Simd::all(row.highest);
   Simd::F total = row.total;
-  for (int64_t i = 0; i < keys.columns; i += kLanes) {
-    Simd::F weight = exp2(Simd::sub(Simd::load(scores + i), highest));
-    total = Simd::add(total, weight);
-    if (keys.value_steps != nullptr) weight = Simd::mul(weight, Simd::load(keys.value_steps + i));
-    Simd::store(weights + i, weight);
+  const auto weight = [&](int64_t i) DISTAFF_UNROLLED {
+    const Simd::F x = Simd::sub(score(i), highest);
+    const Simd::F power = sizeof(Weight) == 2 ? rough_exp2(x) : exp2(x);
+    total = Simd::add(total, power);
+    return keys.value_steps == nullptr ? power : Simd::mul(power, Simd::load(keys.value_steps + i));
+  };
+  int64_t i = 0;
+  if constexpr (sizeof(Weight) == 2) {
+#pragma GCC unroll 4
+    for (; i + 2 * kLanes <= columns; i += 2 * kLanes) {
+      const Simd::F first = weight(i), second = weight(i + kLanes);
+      Simd::store_64(weights + i, Simd::to_bfloat16(first, second));
+    }
   }
+  for (; i < columns; i += kLanes) Simd::store(weights + i, weight(i));
   row.total = total;
 }
 
+// Likewise for a call's options; only weights of visible columns are not zero.
+template <class Weight>
+DISTAFF_INLINE void weigh(const Call& call, Columns keys, Row& row, float* scores, Weight* weights, float* sums,
+                          int64_t width) {
+  const bool hides = keys.first > 0 || keys.end < keys.columns;
+  if (call.softcap != 0 || row.slope != 0 || (hides && keys.key_steps != nullptr)) {
+    change_scores(call, keys, row, scores);
+    keys.key_steps = nullptr;
+  }
+  if (hides) hide(keys, scores);
+  add_weights(keys, row, scores, weights, sums, width);
+}
+
 // Writes the output of one head of a token from its weighted sum of values.
-inline void finish(const Call& call, int64_t token, int64_t head, float highest, float total, float* values) {
+inline void finish(const Call& call, int64_t token, int64_t head, float highest, float total,
+                   const float* values) {
   float factor = 1;
   if (call.sinks != nullptr) {
     const float sink = call.sinks[head] * kLog2E, best = highest > sink ? highest : sink;
@@ -306,14 +370,16 @@ inline void finish(const Call& call, int64_t token, int64_t head, float highest,
   }
   factor = total == 0 ? 0 : factor / total;  // a query that sees no key
   const int64_t size = call.values.size, at = (token * call.heads + head) * size;
-  for (int64_t i = 0; i < size; ++i) values[i] *= factor;
-  if (call.q.storage == Storage::kFloat32) return convert(values, size, static_cast<float*>(call.output) + at);
-  convert(values, size, static_cast<uint16_t*>(call.output) + at);
+  const auto put = [&](auto* to) {
+    transform(values, size, to, [&](int64_t, Simd::F x) { return Simd::mul(x, Simd::all(factor)); });
+  };
+  if (call.q.storage == Storage::kFloat32) return put(static_cast<float*>(call.output) + at);
+  put(static_cast<uint16_t*>(call.output) + at);
 }
 
 // Finishes a head of a token, or leaves what `merge` needs.
 inline void deliver(const Call& call, const Piece& piece, int64_t token, int64_t head, const Row& row,
-                    float* values) {
+                    const float* values) {
   if (piece.partial == nullptr) return finish(call, token, head, row.highest, Simd::sum(row.total), values);
   float* partial = piece.partial + ((token - piece.token) * piece.heads + head - piece.head) * (2 + call.values.size);
   partial[0] = row.highest;

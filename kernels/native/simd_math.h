@@ -34,6 +34,12 @@ inline Simd::F exp2(Simd::F x) {
   return Simd::times_two_to(polynomial(kTerms, Simd::above_floor(x)), x);
 }
 
+// 2^x within 2^-13, for what is rounded to bfloat16; otherwise likewise.
+inline Simd::F rough_exp2(Simd::F x) {
+  constexpr float kTerms[] = {7.802452266e-2f, 2.260671554e-1f, 6.958335405e-1f, 9.999252186e-1f};
+  return Simd::times_two_to(polynomial(kTerms, Simd::above_floor(x)), x);
+}
+
 // Within 1e-6 for |x| up to 10 and 1e-5 up to 87; less than 2e-38 below -87.
 inline Simd::F sigmoid(Simd::F x) {
   const Simd::F one = Simd::all(1.0f);
