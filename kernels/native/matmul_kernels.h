@@ -43,7 +43,7 @@ void int_tile(const Tile& t) {
       unrolled<P>([&](auto p) DISTAFF_UNROLLED { row_sums[r][p] = Simd::zero(); });
     });
   }
-  NextPanels<P> next(t);
+  const int64_t next_step = (kStepBytes + t.fetch_every - 1) / t.fetch_every;
   for (int64_t g = 0, done = 0; done < t.steps; ++g, done += t.group_steps) {
     Simd::I acc[R][P];
     unrolled<R>([&](auto r) DISTAFF_UNROLLED {
@@ -58,7 +58,9 @@ void int_tile(const Tile& t) {
       });
     };
     const auto step = [&](int64_t s) DISTAFF_UNROLLED {
-      next.step();
+      if constexpr (P > 1) {
+        unrolled<P>([&](auto p) DISTAFF_UNROLLED { Simd::prefetch(t.next + p * t.w_stride + s * next_step); });
+      }
       const auto load = [&](int p) DISTAFF_UNROLLED { return Simd::load_64(t.w + p * t.w_stride + s * kStepBytes); };
       Simd::I w[P];
       if constexpr (kInt4) {
