@@ -1,4 +1,5 @@
-// The kernels of matmul (and of its roofline) on a matrix unit made of plain C++, so that processors without one can test how they use it.
+// The kernels of matmul (and of its roofline) on a matrix unit made of plain C++, so that processors without one can test
+// how they use it.
 #include "simd_generic.h"
 // `Simd` comes first, then `MatrixUnit`.
 #include "level.h"
